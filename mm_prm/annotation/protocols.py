@@ -1,0 +1,109 @@
+"""
+What annotation needs from a policy and from a judge, and nothing more.
+
+Rooms that write solutions (`mm_prm.policies`) or check answers (`mm_prm.judges`) implement [`Policy`] or [`Judge`];
+annotation never imports them. Only plain data crosses: a problem is a mapping with the columns of
+`mm_prm.data.features.PROBLEM_FEATURES`, a step is bare text.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+RolloutStatus = Literal["finished", "length", "unparsable"]
+VerdictValue = Literal["right", "wrong", "unknown"]
+Problem = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """
+    "Complete this prefix of steps to the final answer, so many times."
+
+    Args:
+        problem_id (`str`):
+            Problem that the steps belong to.
+        prefix (`tuple[str, ...]`):
+            Steps that are already there, bare text; empty at the root of a tree.
+        num_rollouts (`int`):
+            Number of independent completions wanted.
+        seed (`int`):
+            63-bit seed of the first completion; completion `i` draws from `seed + i`, which is what vLLM does on its
+            own. No two completions of a tree have the same seed.
+    """
+
+    problem_id: str
+    prefix: tuple[str, ...]
+    num_rollouts: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """
+    One completion of a prefix.
+
+    Args:
+        steps (`tuple[str, ...]`):
+            The steps after the prefix, bare stripped text without empty steps. The last one states the answer if
+            `status` is `"finished"`.
+        status (`str`):
+            `"finished"`; `"length"` if the token limit cut it; `"unparsable"` if no steps could be read from it.
+        num_tokens (`int`):
+            Number of generated tokens, counted for the cost of the tree.
+    """
+
+    steps: tuple[str, ...]
+    status: RolloutStatus
+    num_tokens: int
+
+
+@dataclass
+class Generation:
+    """
+    A policy's answer to one request.
+
+    Args:
+        rollouts (`list[Rollout]`):
+            As many as the request asked for, in the order of their seeds.
+        prompt_tokens (`int`):
+            Number of tokens of the prompt with its prefix, counted once for the request.
+    """
+
+    rollouts: list[Rollout]
+    prompt_tokens: int
+
+
+class Policy(Protocol):
+    """Writes solutions. Requests of many trees come in one call, so that an engine can batch them."""
+
+    def generate(self, requests: Sequence[tuple[Problem, RolloutRequest]]) -> list[Generation]:
+        """Returns one [`Generation`] for each request, in the order of the requests."""
+        ...
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """
+    A judge's opinion of one final answer.
+
+    Args:
+        verdict (`str`):
+            `"right"`, `"wrong"`, or `"unknown"` if the judge cannot tell. Unknown never becomes wrong.
+        extracted (`str`):
+            The final answer as it was read from the solution.
+        reason (`str`):
+            Why, in a few words.
+    """
+
+    verdict: VerdictValue
+    extracted: str
+    reason: str
+
+
+class Judge(Protocol):
+    """Decides whether the final answer of a solution equals the gold answer of its problem."""
+
+    def judge(self, problem: Problem, solution: Sequence[str]) -> Verdict:
+        """Judges a whole solution, given as all of its steps; the last one states the answer."""
+        ...
