@@ -51,11 +51,15 @@ class Rollout:
             `"finished"`; `"length"` if the token limit cut it; `"unparsable"` if no steps could be read from it.
         num_tokens (`int`):
             Number of generated tokens, counted for the cost of the tree.
+        logprob (`float`, *optional*, defaults to `nan`):
+            Sum of the log-probabilities of the generated tokens under the policy, at temperature 1 and before any
+            filter; not a number where the policy does not say.
     """
 
     steps: tuple[str, ...]
     status: RolloutStatus
     num_tokens: int
+    logprob: float = float("nan")
 
 
 @dataclass
