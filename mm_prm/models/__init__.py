@@ -1,0 +1,18 @@
+"""Process reward models: any vision-language model, unconverted, with a step token and two reward tokens."""
+
+from .auto import AutoModelForProcessReward, is_process_reward_config
+from .creating import create_process_reward_model, prepare_model_for_process_reward
+from .loss import process_reward_loss
+from .modeling import ProcessRewardMixin, ProcessRewardOutput
+from .processing import ProcessRewardProcessor
+
+__all__ = [
+    "AutoModelForProcessReward",
+    "ProcessRewardMixin",
+    "ProcessRewardOutput",
+    "ProcessRewardProcessor",
+    "create_process_reward_model",
+    "is_process_reward_config",
+    "prepare_model_for_process_reward",
+    "process_reward_loss",
+]

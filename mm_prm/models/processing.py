@@ -1,0 +1,305 @@
+"""The processor of a process reward model: problems and steps in, tensors with step positions and labels out.
+
+One template serves training, scoring and search: the question and its images in the user turn of the chat template, the
+steps in the assistant turn, each followed by the step token, with a blank line between two of them.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AddedToken, AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import cached_file
+
+from ..data.text import neutralize_special_tokens, special_token_texts, split_image_markers
+from .auto import _HUB_ARGUMENTS, REWARD_TOKENS, STEP_TOKEN
+from .prompts import Prompt, PromptRenderer, PromptTensors
+
+STEP_SEPARATOR = "\n\n"
+
+_FILE_NAME = "process_reward_processor.json"
+
+
+class ProcessRewardProcessor:
+    """
+    Wraps the processor of a vision-language model (or the tokenizer of a language model) for process rewards.
+
+    Get one from [`ProcessRewardProcessor.from_pretrained`] for a process reward model, and from
+    [`create_process_reward_model`] for a new one. It is saved beside the model, and the folder still loads with
+    `AutoProcessor` as the plain processor.
+
+    Args:
+        processor ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]):
+            Processor with a chat template, whose tokenizer has the step token and the reward tokens.
+        step_token (`str`, *optional*, defaults to `"<prm>"`):
+            Token that follows each step.
+        reward_tokens (`tuple[str, str]`, *optional*, defaults to `("No", "Yes")`):
+            Tokens for wrong and right.
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin | PreTrainedTokenizerBase,
+        step_token: str = STEP_TOKEN,
+        reward_tokens: tuple[str, str] = REWARD_TOKENS,
+    ):
+        self.processor = processor
+        self.tokenizer: PreTrainedTokenizerBase = (
+            processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
+        )
+        self.step_token = step_token
+        self.reward_tokens = tuple(reward_tokens)
+        vocabulary = self.tokenizer.get_vocab()
+        for token in (step_token, *reward_tokens):
+            if token not in vocabulary:
+                raise ValueError(
+                    f"the tokenizer has no token {token!r}; ProcessRewardProcessor.from_processor adds it, and "
+                    "create_process_reward_model gives the model a row for it"
+                )
+        if processor.chat_template is None:
+            raise ValueError(
+                f"this {type(processor).__name__} has no chat template; set its `chat_template` to the one that the "
+                "policy was trained with"
+            )
+        self.step_token_id: int = vocabulary[step_token]
+        self.reward_token_ids: tuple[int, ...] = tuple(vocabulary[token] for token in reward_tokens)
+        # Tokens that no training has seen yet: `prepare_model_for_process_reward` draws rows for them.
+        self.added_token_ids: tuple[int, ...] = ()
+        # A reward token may be a word of the text (`No, 3 apples`); it is read, not broken up.
+        self._special_tokens = tuple(
+            token for token in special_token_texts(self.tokenizer, extra=(step_token,)) if token not in reward_tokens
+        )
+        self._renderer = PromptRenderer(processor, self.tokenizer)
+
+    @classmethod
+    def from_processor(
+        cls,
+        processor: ProcessorMixin | PreTrainedTokenizerBase,
+        *,
+        step_token: str = STEP_TOKEN,
+        reward_tokens: tuple[str, str] = REWARD_TOKENS,
+    ) -> "ProcessRewardProcessor":
+        """
+        Makes a processor out of a policy's, and adds the tokens that its tokenizer does not have (in place).
+
+        The model needs rows for them: pass both to [`prepare_model_for_process_reward`].
+
+        Args:
+            processor ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]):
+                The policy's processor.
+            step_token (`str`, *optional*, defaults to `"<prm>"`):
+                Token that follows each step.
+            reward_tokens (`tuple[str, str]`, *optional*, defaults to `("No", "Yes")`):
+                Tokens for wrong and right.
+        """
+        tokenizer = processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
+        known = tokenizer.get_vocab()
+        # An ordinary token becomes an added one, so that it is never merged with the text before it.
+        if step_token not in tokenizer.get_added_vocab():
+            tokenizer.add_tokens([AddedToken(step_token, special=True, normalized=False)], special_tokens=True)
+        # `single_word`: "Yesterday" is not cut.
+        tokenizer.add_tokens(
+            [AddedToken(token, single_word=True, normalized=False) for token in reward_tokens if token not in known]
+        )
+        wrapped = cls(processor, step_token, reward_tokens)
+        wrapped.added_token_ids = tuple(
+            tokenizer.convert_tokens_to_ids(token) for token in (step_token, *reward_tokens) if token not in known
+        )
+        return wrapped
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "ProcessRewardProcessor":
+        """
+        Loads the processor that was saved with a process reward model.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                Folder or Hub repository.
+            kwargs:
+                Arguments of `AutoProcessor.from_pretrained`.
+        """
+        path = os.fspath(pretrained_model_name_or_path)
+        hub_arguments = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs and key != "trust_remote_code"}
+        file = cached_file(path, _FILE_NAME, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+        if file is None:
+            raise OSError(
+                f"'{path}' has no {_FILE_NAME}, so it is not the processor of a process reward model; "
+                f"mm_prm.models.create_process_reward_model('{path}') makes one out of a policy"
+            )
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+        processor = AutoProcessor.from_pretrained(path, **kwargs)
+        return cls(processor, settings["step_token"], tuple(settings["reward_tokens"]))
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> list[str]:
+        """
+        Saves the wrapped processor as it is, and beside it one small file with the names of the tokens.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                Folder of the model.
+            kwargs:
+                Arguments of the wrapped processor's `save_pretrained`.
+        """
+        files = self.processor.save_pretrained(save_directory, **kwargs)
+        settings = {"step_token": self.step_token, "reward_tokens": list(self.reward_tokens)}
+        file = Path(save_directory) / _FILE_NAME
+        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return [*files, str(file)]
+
+    def __call__(
+        self,
+        problems: Sequence[Mapping[str, Any]],
+        completions: Sequence[Sequence[str]],
+        labels: Sequence[Sequence[float | None]] | None = None,
+        *,
+        max_length: int | None = None,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """
+        Turns rows into the model's inputs, padded on the right.
+
+        A picture that occurs in several rows is processed once. Text of questions and steps that spells a special token
+        is broken up, so that exactly one step token stands behind each step.
+
+        Args:
+            problems (`Sequence[Mapping[str, Any]]`):
+                One problem a row, with `question` and `images`.
+            completions (`Sequence[Sequence[str]]`):
+                The steps of each row.
+            labels (`Sequence[Sequence[float | None]]`, *optional*):
+                One label in [0, 1] for each step, `None` for a step without.
+            max_length (`int`, *optional*):
+                Longest sequence in tokens. Whole trailing steps are dropped with their labels; the prompt and its images
+                are never cut. A row of which not even the first step fits is refused.
+            return_tensors (`str`, *optional*, defaults to `"pt"`):
+                Only `"pt"`.
+
+        Returns:
+            [`~transformers.BatchFeature`]: The wrapped processor's outputs (`input_ids`, `attention_mask`,
+            `pixel_values`, …), `step_mask` (`torch.BoolTensor` of shape `(batch_size, sequence_length)`), true at the step
+            tokens, and with labels `labels` (`torch.FloatTensor` of the same shape), NaN wherever there is no label.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors = {return_tensors!r}: only 'pt' is supported")
+        _check_rows(problems, completions, labels)
+        prompts = [self._renderer.render(self._parts(problem), problem["images"]) for problem in problems]
+        encoded = self._renderer.encode(prompts)
+        completion_ids = self._encode_completions(prompts, completions)
+
+        input_ids, positions = [], []
+        for index, (prompt_ids, ids) in enumerate(zip(encoded.input_ids, completion_ids, strict=True)):
+            row = np.concatenate([prompt_ids, ids])
+            steps = np.flatnonzero(row == self.step_token_id)
+            if len(steps) != len(completions[index]):
+                raise ValueError(
+                    f"{_row_name(index, problems)}: {len(completions[index])} steps became {len(steps)} step tokens "
+                    f"{self.step_token!r}; the chat template or the tokenizer must not write or swallow this token"
+                )
+            if max_length is not None and len(row) > max_length:
+                steps = steps[steps < max_length]
+                if len(steps) == 0:
+                    raise ValueError(
+                        f"{_row_name(index, problems)}: its prompt ({len(prompt_ids)} tokens) and first step do not fit "
+                        f"into max_length = {max_length}; raise max_length or leave the row out"
+                    )
+                row = row[: steps[-1] + 1]
+            input_ids.append(row)
+            positions.append(steps)
+        return self._assemble(encoded, input_ids, positions, labels)
+
+    def num_tokens(self, problem: Mapping[str, Any], steps: Sequence[str]) -> int:
+        """
+        Returns the length in tokens of a row, its image tokens included.
+
+        Args:
+            problem (`Mapping[str, Any]`):
+                Problem with `question` and `images`.
+            steps (`Sequence[str]`):
+                The steps.
+        """
+        return self([problem], [steps])["input_ids"].shape[1]
+
+    def _parts(self, problem: Mapping[str, Any]) -> list[str | None]:
+        """Text pieces of the question, and `None` for each image."""
+        parts = split_image_markers(problem["question"], len(problem["images"]))
+        return [None if part is None else neutralize_special_tokens(part, self._special_tokens) for part in parts]
+
+    def _encode_completions(self, prompts: list[Prompt], completions: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """Token ids of everything behind the prompts' last special token; see [`Prompt`]."""
+        texts = []
+        for prompt, steps in zip(prompts, completions, strict=True):
+            clean = [neutralize_special_tokens(step.strip(), self._special_tokens) for step in steps]
+            answer = STEP_SEPARATOR.join(step + self.step_token for step in clean)
+            texts.append(prompt.anchor + prompt.tail + answer)
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        return [np.asarray(ids[1:] if prompt.anchor else ids) for prompt, ids in zip(prompts, encoded, strict=True)]
+
+    def _assemble(
+        self,
+        encoded: PromptTensors,
+        input_ids: list[np.ndarray],
+        positions: list[np.ndarray],
+        labels: Sequence[Sequence[float | None]] | None,
+    ) -> BatchFeature:
+        shape = (len(input_ids), max(map(len, input_ids)))
+        padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        ids = np.full(shape, padding, dtype=np.int64)
+        attention_mask = np.zeros(shape, dtype=np.int64)
+        step_mask = np.zeros(shape, dtype=bool)
+        # Types of tokens (text, image): the answer is text
+        types = {key: np.zeros(shape, dtype=np.int64) for key in encoded.token_types}
+        for index, (row, steps) in enumerate(zip(input_ids, positions, strict=True)):
+            ids[index, : len(row)] = row
+            attention_mask[index, : len(row)] = 1
+            step_mask[index, steps] = True
+            for key, rows in encoded.token_types.items():
+                types[key][index, : len(rows[index])] = rows[index]
+        arrays = {"input_ids": ids, "attention_mask": attention_mask, **types, "step_mask": step_mask}
+        if labels is not None:
+            values = np.full(shape, np.nan, dtype=np.float32)
+            for index, steps in enumerate(positions):
+                row_labels = labels[index][: len(steps)]
+                values[index, steps] = [math.nan if label is None else label for label in row_labels]
+            arrays["labels"] = values
+        tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+        return BatchFeature({**tensors, **encoded.images})
+
+
+def _row_name(index: int, problems: Sequence[Mapping[str, Any]]) -> str:
+    problem_id = problems[index].get("id")
+    return f"row {index}" if problem_id is None else f"row {index} (problem {problem_id!r})"
+
+
+def _check_rows(
+    problems: Sequence[Mapping[str, Any]],
+    completions: Sequence[Sequence[str]],
+    labels: Sequence[Sequence[float | None]] | None,
+) -> None:
+    if not problems:
+        raise ValueError("there are no rows to process")
+    if len(problems) != len(completions) or (labels is not None and len(labels) != len(problems)):
+        counts = f"{len(problems)} problems, {len(completions)} completions"
+        counts += "" if labels is None else f", {len(labels)} lists of labels"
+        raise ValueError(f"{counts}: each row needs one of each")
+    for index, steps in enumerate(completions):
+        if isinstance(steps, str) or not steps:
+            raise ValueError(
+                f"{_row_name(index, problems)}: completions = {steps!r}: must be a list of at least one step"
+            )
+        if labels is None:
+            continue
+        if len(labels[index]) != len(steps):
+            raise ValueError(
+                f"{_row_name(index, problems)}: {len(steps)} steps but {len(labels[index])} labels; give each step one "
+                "label, None where there is none"
+            )
+        for step, label in enumerate(labels[index]):
+            if label is not None and not 0 <= label <= 1:
+                raise ValueError(
+                    f"{_row_name(index, problems)}: labels[{step}] = {label}: must be in [0, 1], or None for no label"
+                )

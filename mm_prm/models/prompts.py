@@ -1,0 +1,233 @@
+"""Prompts of process rewards: rendered once a question, with each picture processed once a call."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+# Outputs of a processor with one row for each text; all others belong to the images.
+_TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
+_MAX_RENDERED = 4096
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """
+    The text before the first step.
+
+    Tokenizers cut texts at special tokens, so everything up to the last special token (the `anchor`, such as
+    `<|im_start|>`) is tokenised once a prompt, and only what follows once a row, together with the steps: the token ids
+    are those of the whole text in one piece.
+
+    Args:
+        text (`str`):
+            Generation prompt as the chat template writes it, with one placeholder for each image.
+        images (`tuple[Any, ...]`):
+            The images.
+        anchor (`str`):
+            The last special token in `text`, empty if there is none.
+        tail (`str`):
+            What follows the anchor.
+    """
+
+    text: str
+    images: tuple[Any, ...]
+    anchor: str
+    tail: str
+
+
+@dataclass
+class PromptTensors:
+    """
+    Prompts in tokens and their images in pixels, one entry a row.
+
+    Args:
+        input_ids (`list[np.ndarray]`):
+            Ids of each row's prompt up to and including the anchor.
+        token_types (`dict[str, list[np.ndarray]]`):
+            Types of these tokens, under the names that the model's processor uses.
+        images (`dict[str, torch.Tensor]`):
+            What the processor made of the images.
+    """
+
+    input_ids: list[np.ndarray]
+    token_types: dict[str, list[np.ndarray]]
+    images: dict[str, torch.Tensor]
+
+
+class PromptRenderer:
+    """
+    Renders and encodes prompts with a model's own chat template and processor.
+
+    Args:
+        processor ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]):
+            Processor, or tokenizer of a text-only model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The processor's tokenizer.
+    """
+
+    def __init__(self, processor: ProcessorMixin | PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase):
+        self.processor = processor
+        self.tokenizer = tokenizer
+        self._rendered: dict[tuple[str | None, ...], tuple[str, str, str]] = {}
+        specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        specials.sort(key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, specials))) if specials else None
+
+    def render(self, parts: Sequence[str | None], images: Sequence[Any]) -> Prompt:
+        """
+        Renders the generation prompt of a question.
+
+        Args:
+            parts (`Sequence[str | None]`):
+                Pieces of text, and `None` for each image.
+            images (`Sequence[Any]`):
+                The images, as PIL images or as `datasets` stores them.
+        """
+        key = tuple(parts)
+        if key not in self._rendered:
+            if len(self._rendered) >= _MAX_RENDERED:
+                self._rendered.clear()
+            text = self._apply_chat_template(parts)
+            last = None
+            if self._special_pattern is not None:
+                for last in self._special_pattern.finditer(text):
+                    pass
+            self._rendered[key] = (text, last[0], text[last.end() :]) if last else (text, "", text)
+        text, anchor, tail = self._rendered[key]
+        return Prompt(text, tuple(images), anchor, tail)
+
+    def encode(self, prompts: Sequence[Prompt]) -> PromptTensors:
+        """
+        Encodes prompts, equal ones once.
+
+        Args:
+            prompts (`Sequence[Prompt]`):
+                The prompt of each row.
+        """
+        distinct, rows = _distinct(prompts)
+        encoded, features = self._process(distinct)
+        images_per_prompt = [len(prompt.images) for prompt in distinct]
+        images = _repeat_images(features, images_per_prompt, rows)
+        if images is None:
+            # A layout that we cannot take apart: let the processor do every row
+            images = self._process([distinct[row] for row in rows])[1]
+        return PromptTensors(
+            input_ids=[encoded["input_ids"][row] for row in rows],
+            token_types={key: [encoded[key][row] for row in rows] for key in _TOKEN_TYPES if key in encoded},
+            images=images,
+        )
+
+    def _apply_chat_template(self, parts: Sequence[str | None]) -> str:
+        content: str | list[dict[str, str]]
+        if isinstance(self.processor, PreTrainedTokenizerBase):
+            if None in parts:
+                raise ValueError("the problem has images, but the model reads text only")
+            content = "".join(part for part in parts if part is not None)
+        else:
+            content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+        messages = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def _process(self, prompts: list[Prompt]) -> tuple[dict[str, list[np.ndarray]], dict[str, torch.Tensor]]:
+        """Ids and types of each prompt up to its anchor, and the image tensors of all prompts."""
+        encoded: dict[str, list[np.ndarray]] = {}
+        features: dict[str, torch.Tensor] = {}
+        # Apart, because processors disagree about prompts without images between prompts with some
+        for with_images in (True, False):
+            indices = [index for index, prompt in enumerate(prompts) if bool(prompt.images) == with_images]
+            if not indices:
+                continue
+            arguments: dict[str, Any] = {"text": [prompts[index].text for index in indices]}
+            if with_images:
+                arguments["images"] = [[_as_pil(image) for image in prompts[index].images] for index in indices]
+            outputs = dict(
+                self.processor(
+                    **arguments, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt"
+                )
+            )
+            lengths = outputs.pop("attention_mask").sum(dim=1).tolist()
+            ids = outputs.pop("input_ids").numpy()
+            texts = {"input_ids": ids}
+            texts |= {key: outputs.pop(key).numpy() for key in _TOKEN_TYPES if key in outputs}
+            if with_images:
+                features = outputs
+            for row, index in enumerate(indices):
+                end = self._anchor_end(ids[row, : lengths[row]], prompts[index])
+                for key, array in texts.items():
+                    encoded.setdefault(key, [np.empty(0, dtype=np.int64)] * len(prompts))[index] = array[row, :end]
+        return encoded, features
+
+    def _anchor_end(self, ids: np.ndarray, prompt: Prompt) -> int:
+        if not prompt.anchor:
+            return 0
+        anchor_id = self.tokenizer.convert_tokens_to_ids(prompt.anchor)
+        return int(np.flatnonzero(ids == anchor_id)[-1]) + 1
+
+
+def _distinct(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[int]]:
+    """Distinct prompts in the order of their first row, and for each row the number of its prompt."""
+    # Comparing pixels finds equal pictures that were decoded twice, as in rows of one tree. The same object is
+    # fingerprinted once.
+    fingerprints: dict[int, Any] = {}
+    numbers: dict[Any, int] = {}
+    distinct, rows = [], []
+    for prompt in prompts:
+        for image in prompt.images:
+            if id(image) not in fingerprints:
+                fingerprints[id(image)] = _fingerprint(image)
+        key = (prompt.text, tuple(fingerprints[id(image)] for image in prompt.images))
+        if key not in numbers:
+            numbers[key] = len(distinct)
+            distinct.append(prompt)
+        rows.append(numbers[key])
+    return distinct, rows
+
+
+def _fingerprint(image: Any) -> Any:
+    if isinstance(image, Image.Image):
+        palette = image.palette.tobytes() if image.palette is not None else b""
+        return image.mode, image.size, palette, image.tobytes()
+    return image["path"], image["bytes"]
+
+
+def _as_pil(image: Any) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    return datasets.Image().decode_example(image)
+
+
+def _repeat_images(
+    features: dict[str, torch.Tensor], images_per_prompt: list[int], rows: list[int]
+) -> dict[str, torch.Tensor] | None:
+    """Image tensors of all rows out of those of the distinct prompts, or `None` if their layout is not known."""
+    if rows == list(range(len(images_per_prompt))):
+        return features
+    num_images = sum(images_per_prompt)
+    with_images = [int(count > 0) for count in images_per_prompt]
+    repeated = {}
+    for key, tensor in features.items():
+        if not isinstance(tensor, torch.Tensor):
+            return None
+        if key == "pixel_values" and "image_grid_thw" in features:
+            # The Qwen-VL and GLM-V families lay the patches of all images one after another
+            patches = iter(features["image_grid_thw"].prod(dim=-1).tolist())
+            sizes = [sum(itertools.islice(patches, count)) for count in images_per_prompt]
+        elif len(tensor) == num_images:
+            sizes = images_per_prompt
+        elif len(tensor) == sum(with_images):
+            sizes = with_images
+        else:
+            return None
+        if sum(sizes) != len(tensor):
+            return None
+        pieces = tensor.split(sizes)
+        repeated[key] = torch.cat([pieces[row] for row in rows])
+    return repeated
