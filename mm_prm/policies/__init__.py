@@ -1,0 +1,1 @@
+"""Who writes solutions: policies that answer the requests of annotation."""

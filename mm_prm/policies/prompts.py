@@ -1,0 +1,226 @@
+"""
+From a problem and the steps so far to what a model reads.
+
+The prefix of steps goes into the assistant turn (`prompt + prefix` is a string prefix of the finished turn), so that
+whatever was computed for the prompt serves every prefix, and what was computed for a prefix serves its continuations.
+"""
+
+import hashlib
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from mm_prm.data.text import neutralize_special_tokens, special_token_texts, split_image_markers
+
+from .steps import StepFormat, format_steps
+
+logger = logging.getLogger(__name__)
+
+# Enough for the problems of the trees in flight; a picture of 112 x 112 pixels takes 0.3 MB.
+_CACHE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """
+    One prompt, ready for the model.
+
+    Args:
+        text (`str`):
+            The prompt as rendered by the chat template.
+        text_tokens (`list[int]`):
+            Its tokens where an image is still one placeholder.
+        sequences (`dict[str, torch.Tensor]`):
+            What has one entry per token (`input_ids`, `mm_token_type_ids`, …), of shape `(length,)`.
+        pictures (`dict[str, torch.Tensor]`):
+            What belongs to the images; prompts are batched by concatenating it along the first dimension.
+    """
+
+    text: str
+    text_tokens: list[int]
+    sequences: dict[str, torch.Tensor]
+    pictures: dict[str, torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.sequences["input_ids"])
+
+    @property
+    def shape(self) -> tuple:
+        """Prompts of equal shape can share a batch."""
+        return tuple(sorted((name, tuple(value.shape[1:])) for name, value in self.pictures.items()))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(value.nbytes for value in (*self.sequences.values(), *self.pictures.values()))
+
+
+class PromptBuilder:
+    """
+    Renders problems and prefixes with a processor's chat template.
+
+    Args:
+        processor ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]):
+            Processor of a vision-language model, or the tokenizer of a text-only one, with a chat template.
+        step_format (`str`, *optional*, defaults to `"paragraphs"`):
+            How the policy writes its steps, see [`parse_steps`].
+    """
+
+    def __init__(self, processor: ProcessorMixin | PreTrainedTokenizerBase, step_format: StepFormat = "paragraphs"):
+        self.processor: Any = processor  # what a processor has beyond the shared class differs between models
+        self.step_format = step_format
+        self._reads_images = isinstance(processor, ProcessorMixin)
+        self.tokenizer: PreTrainedTokenizerBase = self.processor.tokenizer if self._reads_images else self.processor
+        if not processor.chat_template:
+            raise ValueError(
+                f"the processor of '{self.tokenizer.name_or_path}' has no chat template: set `processor.chat_template`"
+            )
+        # The placeholder of an image need not be a token of the tokenizer.
+        placeholders = [self.processor.image_token] if self._reads_images else []
+        self._special_tokens = special_token_texts(self.tokenizer, extra=placeholders)
+        # As `apply_chat_template(tokenize=True)` does it: a template either writes the first token itself, or leaves it
+        # to the tokenizer of a vision-language model.
+        rendered = self._render(self._user_turn(["A question?"]), True)
+        first_token = self.tokenizer.bos_token
+        self._add_special_tokens = bool(self._reads_images and first_token and not rendered.startswith(first_token))
+        self._cache: OrderedDict[Any, Prompt] = OrderedDict()
+        self._cache_bytes = 0
+        self.prefix_in_turn = self._keeps_prefixes()
+        if not self.prefix_in_turn:
+            logger.warning(
+                "The chat template of '%s' does not render an unfinished assistant turn as the beginning of the finished "
+                "one. Prefixes go into the user turn as 'Previous Steps', so nothing computed for one is used again.",
+                self.tokenizer.name_or_path,
+            )
+
+    def build(self, problem: Mapping[str, Any], prefix: Sequence[str]) -> tuple[Prompt, list[int]]:
+        """
+        Builds what the model reads before it writes on.
+
+        Args:
+            problem (`Mapping`):
+                Problem row, its images decoded.
+            prefix (`Sequence[str]`):
+                Steps that are already there.
+
+        Returns:
+            `tuple` of the prompt, shared by all prefixes of a problem, and the tokens of the prefix that follow it.
+        """
+        images = self._images(problem)
+        question = split_image_markers(problem["question"], len(images))
+        steps = format_steps([self._neutralize(step) for step in prefix], self.step_format)
+        if steps and not self.prefix_in_turn:
+            return self._prompt([*question, f"\n\nPrevious Steps:\n{steps}"], images), []
+        prompt = self._prompt(question, images)
+        if not steps:
+            return prompt, []
+        # Tokenised in one go: tokens of the parts, put together, can differ from the tokens of the whole.
+        tokens = self._tokenize(prompt.text + steps)
+        if tokens[: len(prompt.text_tokens)] == prompt.text_tokens:
+            return prompt, tokens[len(prompt.text_tokens) :]
+        return self._process(prompt.text + steps, images), []
+
+    def collate(self, prompts: Sequence[Prompt], pad_token: int) -> dict[str, torch.Tensor]:
+        """
+        Batches prompts of equal shape, padded on the left.
+
+        Args:
+            prompts (`Sequence[Prompt]`):
+                Prompts of one `shape`.
+            pad_token (`int`):
+                Id of the padding token.
+
+        Returns:
+            `dict[str, torch.Tensor]`: Arguments of the model's forward method.
+        """
+        length = max(map(len, prompts))
+        batch = {}
+        for name in prompts[0].sequences:
+            values = torch.full((len(prompts), length), pad_token if name == "input_ids" else 0)
+            for row, prompt in enumerate(prompts):
+                values[row, length - len(prompt) :] = prompt.sequences[name]
+            batch[name] = values
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        batch["attention_mask"] = (torch.arange(length) >= length - lengths[:, None]).long()
+        for name in prompts[0].pictures:
+            batch[name] = torch.cat([prompt.pictures[name] for prompt in prompts])
+        return batch
+
+    def _images(self, problem: Mapping[str, Any]) -> list[Image.Image]:
+        images = problem["images"]
+        if images and not self._reads_images:
+            raise ValueError(
+                f"problem '{problem['id']}': images: has {len(images)}, but '{self.tokenizer.name_or_path}' reads text "
+                "only: use a vision-language model, or problems without images"
+            )
+        for index, image in enumerate(images):
+            if not isinstance(image, Image.Image):
+                raise TypeError(
+                    f"problem '{problem['id']}': images[{index}]: {type(image).__name__} instead of a PIL image: decode "
+                    "the column (`datasets.Image(decode=True)`)"
+                )
+        return [image.convert("RGB") for image in images]
+
+    def _prompt(self, parts: Sequence[str | None], images: Sequence[Image.Image]) -> Prompt:
+        # The pictures' content is the key: an object's identity would not notice that its pixels were changed.
+        key = (tuple(parts), tuple((image.size, hashlib.blake2b(image.tobytes()).digest()) for image in images))
+        prompt = self._cache.get(key)
+        if prompt is not None:
+            self._cache.move_to_end(key)
+            return prompt
+        prompt = self._cache[key] = self._process(self._render(self._user_turn(parts), True), images)
+        self._cache_bytes += prompt.num_bytes
+        while self._cache_bytes > _CACHE_BYTES and len(self._cache) > 1:
+            self._cache_bytes -= self._cache.popitem(last=False)[1].num_bytes
+        return prompt
+
+    def _process(self, text: str, images: Sequence[Image.Image]) -> Prompt:
+        text_tokens = self._tokenize(text)
+        if not self._reads_images:
+            return Prompt(text, text_tokens, {"input_ids": torch.tensor(text_tokens)}, {})
+        outputs = self.processor(
+            text=[text],
+            images=[list(images)] if images else None,
+            add_special_tokens=self._add_special_tokens,
+            return_tensors="pt",
+        )
+        length = outputs["input_ids"].shape[-1]
+        sequences = {name: value[0] for name, value in outputs.items() if value.shape == (1, length)}
+        pictures = {name: value for name, value in outputs.items() if name not in sequences}
+        del sequences["attention_mask"]
+        return Prompt(text, text_tokens, sequences, pictures)
+
+    def _tokenize(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=self._add_special_tokens)["input_ids"]
+
+    def _neutralize(self, text: str) -> str:
+        return neutralize_special_tokens(text, self._special_tokens)
+
+    def _user_turn(self, parts: Sequence[str | None]) -> list[dict[str, Any]]:
+        content = [
+            {"type": "image"} if part is None else {"type": "text", "text": self._neutralize(part)} for part in parts
+        ]
+        return [{"role": "user", "content": content}]
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        if not self._reads_images:  # templates of text-only models take strings
+            messages = [
+                {"role": turn["role"], "content": "".join(part["text"] for part in turn["content"])}
+                for turn in messages
+            ]
+        return self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def _keeps_prefixes(self) -> bool:
+        """Whether the generation prompt and a first step are the beginning of the finished turn."""
+        turns = self._user_turn(["A question?"])
+        steps = ["A first step.", "A second step."]
+        answer = {"role": "assistant", "content": [{"type": "text", "text": format_steps(steps, self.step_format)}]}
+        finished = self._render([*turns, answer], False)
+        return finished.startswith(self._render(turns, True) + format_steps(steps[:1], self.step_format))

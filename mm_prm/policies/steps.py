@@ -1,0 +1,75 @@
+"""
+How a policy writes its steps down: reading them out of generated text, and writing given steps for it to continue.
+
+- `paragraphs`: steps stand apart by blank lines, and the last one states the answer.
+- `tags`: `<step>…</step>` for every step, `<answer>…</answer>` for the last one.
+- `numbered`: lines that open with `Step k:`, and `†Answer:` for the last one.
+
+Either way a step comes out as bare text: stripped, without tags or numbers.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+StepFormat = Literal["paragraphs", "tags", "numbered"]
+STEP_FORMATS: tuple[StepFormat, ...] = get_args(StepFormat)
+
+_BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
+_TAGGED = re.compile(r"<(step|answer)>(.*?)(?:</\1>|(?=<(?:step|answer)>)|\Z)", re.DOTALL)
+_NUMBER = r"[*#\s]*Step\s+\d+\s*[:.][*\s]*"
+_ANSWER = r"†\s*Answer\s*:"
+_NUMBERED = re.compile(rf"^(?:{_NUMBER}|(?={_ANSWER}))", re.MULTILINE)
+
+
+def parse_steps(text: str, step_format: StepFormat = "paragraphs", continues: bool = False) -> tuple[str, ...]:
+    """
+    Reads the steps out of generated text.
+
+    Args:
+        text (`str`):
+            What the policy wrote, without special tokens.
+        step_format (`str`, *optional*, defaults to `"paragraphs"`):
+            `"paragraphs"`, `"tags"` or `"numbered"`.
+        continues (`bool`, *optional*, defaults to `False`):
+            Whether the text continues steps that were given. It then has to open with what separates two steps: text
+            that goes on with the last given step would change a prefix whose value is being measured.
+
+    Returns:
+        `tuple[str, ...]`: The steps, none of them empty; `()` if the text does not keep to the format.
+    """
+    text = text.replace("\r\n", "\n")
+    if step_format == "paragraphs":
+        opens_well = not continues or text.startswith("\n")
+        pieces = _BLANK_LINE.split(text)
+    elif step_format == "tags":
+        matches = list(_TAGGED.finditer(text))
+        opens_well = bool(matches) and not text[: matches[0].start()].strip()
+        pieces = [match[2] for match in matches]
+    else:
+        before, *pieces = _NUMBERED.split(text)
+        opens_well = not before.strip() and (not continues or text.startswith("\n"))
+    steps = tuple(piece.strip() for piece in pieces)
+    return tuple(step for step in steps if step) if opens_well else ()
+
+
+def format_steps(steps: Sequence[str], step_format: StepFormat = "paragraphs") -> str:
+    """
+    Writes steps down as the policy would have, without white space at the end: the separator opens the next step.
+
+    Args:
+        steps (`Sequence[str]`):
+            Steps, bare text.
+        step_format (`str`, *optional*, defaults to `"paragraphs"`):
+            `"paragraphs"`, `"tags"` or `"numbered"`.
+
+    Returns:
+        `str`: The text, empty if there are no steps.
+    """
+    if step_format == "paragraphs":
+        return "\n\n".join(steps).rstrip()
+    if step_format == "tags":
+        return "\n".join(f"<step>{step}</step>" for step in steps)
+    return "\n".join(
+        step if re.match(_ANSWER, step) else f"Step {number}: {step}" for number, step in enumerate(steps, start=1)
+    ).rstrip()

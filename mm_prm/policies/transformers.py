@@ -1,0 +1,223 @@
+"""A policy on transformers: any `AutoModelForImageTextToText` or `AutoModelForCausalLM` checkpoint writes solutions."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from mm_prm.annotation.protocols import Generation, Problem, Rollout, RolloutRequest, RolloutStatus
+
+from .decoding import Completion, Sampling, decode
+from .prompts import Prompt, PromptBuilder
+from .steps import STEP_FORMATS, StepFormat, parse_steps
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some rollouts of one request: those that share a batch."""
+
+    request: int
+    start: int
+    stop: int
+
+
+class TransformersPolicy:
+    """
+    Writes solutions with a model of transformers, see [`~mm_prm.annotation.protocols.Policy`].
+
+    A rollout depends on its request's seed and its number within the request, not on the batch it is computed in (up to
+    the rounding of the logits, which differs between batch sizes).
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Vision-language or text-only model that generates. Its own generation settings are not used, only its end
+            tokens.
+        processor ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]):
+            Its processor, or tokenizer, with a chat template.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Most tokens of a rollout. A rollout that reaches it has the status `"length"`.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature; 0 takes the most probable token.
+        top_k (`int`, *optional*, defaults to `50`):
+            Number of most probable tokens to sample from; 0 takes all.
+        top_p (`float`, *optional*, defaults to `0.9`):
+            Samples from the smallest set of most probable tokens whose probability reaches this; 1 takes all.
+        batch_size (`int`, *optional*, defaults to `256`):
+            Most rollouts computed at once. A GPU wants thousands for a small model.
+        step_format (`str`, *optional*, defaults to `"paragraphs"`):
+            How the model writes its steps: `"paragraphs"`, `"tags"` or `"numbered"`, see
+            [`~mm_prm.policies.steps.parse_steps`].
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin | PreTrainedTokenizerBase,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        top_p: float = 0.9,
+        batch_size: int = 256,
+        step_format: StepFormat = "paragraphs",
+    ):
+        for name, value, holds, wanted in (
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+            ("temperature", temperature, temperature >= 0, "0 or more"),
+            ("top_k", top_k, top_k >= 0, "0 (off) or more"),
+            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (off)"),
+            ("batch_size", batch_size, batch_size >= 1, "at least 1"),
+            ("step_format", step_format, step_format in STEP_FORMATS, f"one of {', '.join(STEP_FORMATS)}"),
+        ):
+            if not holds:
+                raise ValueError(f"{name}: {value!r} has to be {wanted}")
+        self.model = model.eval()
+        self.prompts = PromptBuilder(processor, step_format)
+        self.batch_size = batch_size
+        tokenizer = self.prompts.tokenizer
+        end_tokens = _end_tokens(model, tokenizer)
+        self.sampling = Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            end_tokens=end_tokens,
+            pad_token=end_tokens[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        **settings: Any,
+    ) -> "TransformersPolicy":
+        """
+        Loads a checkpoint.
+
+        Args:
+            path (`str`):
+                Folder or Hub repository.
+            dtype (`str` or `torch.dtype`, *optional*):
+                Type of the weights; that of the checkpoint by default.
+            device (`str` or `torch.device`, *optional*):
+                Where to compute; the GPU by default if there is one.
+            settings:
+                Further arguments of [`TransformersPolicy`].
+        """
+        reads_images = type(AutoConfig.from_pretrained(path)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        model_class = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+        model: Any = model_class.from_pretrained(path, dtype=dtype or "auto")
+        model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        return cls(model, AutoProcessor.from_pretrained(path), **settings)
+
+    def generate(self, requests: Sequence[tuple[Problem, RolloutRequest]]) -> list[Generation]:
+        """
+        Samples the rollouts of many requests.
+
+        Args:
+            requests (`Sequence[tuple[Mapping, RolloutRequest]]`):
+                Problems, their images decoded, and what is wanted of them.
+
+        Returns:
+            `list[Generation]`: One for each request, in their order.
+        """
+        built = [self.prompts.build(problem, request.prefix) for problem, request in requests]
+        completions: list[list[Completion | None]] = [[None] * request.num_rollouts for _, request in requests]
+        for pieces in self._batches(built, [request for _, request in requests]):
+            batch = iter(self._decode(pieces, built, requests))
+            for piece in pieces:
+                for number in range(piece.start, piece.stop):
+                    completions[piece.request][number] = next(batch)
+        return [
+            Generation(
+                rollouts=self._read([row for row in rows if row is not None], continues=bool(request.prefix)),
+                prompt_tokens=len(prompt) + len(prefix),
+            )
+            for rows, (_, request), (prompt, prefix) in zip(completions, requests, built, strict=True)
+        ]
+
+    def _batches(
+        self, built: Sequence[tuple[Prompt, list[int]]], requests: Sequence[RolloutRequest]
+    ) -> Iterator[list[_Piece]]:
+        """Cuts the requests into batches of like prompts: of one shape, sorted by length, those of a problem together."""
+        numbers: dict[Prompt, int] = {}
+        for prompt, _ in built:
+            numbers.setdefault(prompt, len(numbers))
+        order = sorted(
+            range(len(built)),
+            key=lambda index: (built[index][0].shape, len(built[index][0]), numbers[built[index][0]]),
+        )
+        pieces: list[_Piece] = []
+        size, shape = 0, None
+        for index in order:
+            start = 0
+            while start < requests[index].num_rollouts:
+                if pieces and (size == self.batch_size or shape != built[index][0].shape):
+                    yield pieces
+                    pieces, size = [], 0
+                shape = built[index][0].shape
+                stop = min(requests[index].num_rollouts, start + self.batch_size - size)
+                pieces.append(_Piece(index, start, stop))
+                size += stop - start
+                start = stop
+        if pieces:
+            yield pieces
+
+    def _decode(
+        self,
+        pieces: Sequence[_Piece],
+        built: Sequence[tuple[Prompt, list[int]]],
+        requests: Sequence[tuple[Problem, RolloutRequest]],
+    ) -> list[Completion]:
+        prompts: dict[Prompt, int] = {}
+        prefixes: list[tuple[int, list[int]]] = []
+        rows: list[tuple[int, int]] = []
+        for piece in pieces:
+            prompt, prefix = built[piece.request]
+            rows += [
+                (len(prefixes), requests[piece.request][1].seed + number) for number in range(piece.start, piece.stop)
+            ]
+            prefixes.append((prompts.setdefault(prompt, len(prompts)), prefix))
+        inputs = {
+            name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+            for name, value in self.prompts.collate(list(prompts), self.sampling.pad_token).items()
+        }
+        return decode(self.model, inputs, prefixes, rows, self.sampling)
+
+    def _read(self, completions: Sequence[Completion], continues: bool) -> list[Rollout]:
+        # A confident policy writes the same few solutions again and again.
+        texts = {tuple(completion.tokens): "" for completion in completions}
+        decoded = self.prompts.tokenizer.batch_decode([list(tokens) for tokens in texts], skip_special_tokens=True)
+        steps = {
+            tokens: parse_steps(text, self.prompts.step_format, continues and self.prompts.prefix_in_turn)
+            for tokens, text in zip(texts, decoded, strict=True)
+        }
+        rollouts = []
+        for completion in completions:
+            read = steps[tuple(completion.tokens)]
+            status: RolloutStatus = "unparsable" if not read else "finished" if completion.finished else "length"
+            rollouts.append(Rollout(read, status, completion.num_tokens, completion.logprob))
+        return rollouts
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    configured = model.generation_config.eos_token_id
+    ids = [configured] if isinstance(configured, int) else list(configured or [])
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    if not ids:
+        raise ValueError(f"neither the model nor the tokenizer of '{tokenizer.name_or_path}' names an end token")
+    return tuple(dict.fromkeys(ids))
