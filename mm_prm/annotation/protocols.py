@@ -8,7 +8,7 @@ annotation never imports them. Only plain data crosses: a problem is a mapping w
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 RolloutStatus = Literal["finished", "length", "unparsable"]
 VerdictValue = Literal["right", "wrong", "unknown"]
@@ -78,6 +78,7 @@ class Generation:
     prompt_tokens: int
 
 
+@runtime_checkable
 class Policy(Protocol):
     """Writes solutions. Requests of many trees come in one call, so that an engine can batch them."""
 
@@ -105,6 +106,7 @@ class Verdict:
     reason: str
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Decides whether the final answer of a solution equals the gold answer of its problem."""
 
