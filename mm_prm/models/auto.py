@@ -143,7 +143,8 @@ def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     check_config(config)
     for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
         if type(config) in mapping:
-            return mapping[type(config)]
+            classes: Any = mapping[type(config)]
+            return classes[0] if isinstance(classes, tuple) else classes
     raise ValueError(
         f"{config.model_type!r} models cannot become process reward models: transformers {__version__} has neither an "
         "image-text-to-text nor a causal language model class for them"

@@ -1,6 +1,7 @@
 """From a policy to an untrained process reward model: tokens, embedding rows, configuration."""
 
 import os
+from typing import cast
 
 import torch
 from torch.nn import functional
@@ -8,7 +9,7 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 from transformers.utils import logging
 
 from .auto import _HUB_ARGUMENTS, REWARD_TOKENS, STEP_TOKEN, set_process_reward_config, stock_class
-from .modeling import ProcessRewardMixin, process_reward_class
+from .modeling import ProcessRewardMixin, get_output_head, process_reward_class
 from .processing import ProcessRewardProcessor
 
 logger = logging.get_logger(__name__)
@@ -80,13 +81,14 @@ def prepare_model_for_process_reward(
             Seed of the new rows.
     """
     stock_class(model.config)
-    num_rows = model.get_input_embeddings().weight.shape[0]
+    get_output_head(model)
+    num_rows = _weight(model.get_input_embeddings()).shape[0]
     if len(processor.tokenizer) > num_rows:
         model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
     token_ids = (processor.step_token_id, *processor.reward_token_ids)
     known_rows = min(num_rows, len(processor.tokenizer) - len(processor.added_token_ids))
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    matrices = [embeddings.weight] if head.weight is embeddings.weight else [embeddings.weight, head.weight]
+    embeddings, head = _weight(model.get_input_embeddings()), get_output_head(model).weight
+    matrices = [embeddings] if head is embeddings else [embeddings, head]
     generator = torch.Generator().manual_seed(seed)
     for matrix in matrices:
         _renew_rows(matrix, token_ids, set(processor.added_token_ids), known_rows, generator)
@@ -95,8 +97,12 @@ def prepare_model_for_process_reward(
     set_process_reward_config(model.config, processor)
     if not isinstance(model, ProcessRewardMixin):
         model.__class__ = process_reward_class(type(model))
-    model.install_reward_head()
+    cast(ProcessRewardMixin, model).install_reward_head()
     return model
+
+
+def _weight(module: torch.nn.Module) -> torch.Tensor:
+    return cast(torch.Tensor, module.weight)
 
 
 @torch.no_grad()

@@ -1,8 +1,7 @@
 """The process-reward forward, written once as a mixin and combined with every architecture's own class."""
 
-import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -39,8 +38,8 @@ class ProcessRewardOutput(ModelOutput):
             Attentions of every layer, if asked for.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
@@ -77,20 +76,12 @@ class ProcessRewardMixin:
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
         check_config(config)
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.install_reward_head()
 
     def install_reward_head(self) -> None:
         """Makes the output head compute the reward tokens' rows only, as `config.reward_token_ids` names them."""
-        head = self.get_output_embeddings()  # type: ignore[attr-defined]
-        name = type(self).__name__
-        if head is None:
-            raise ValueError(f"{name} cannot become a process reward model: it has no output head")
-        if type(head).forward not in (nn.Linear.forward, RewardHead.forward):
-            raise ValueError(
-                f"{name} cannot become a process reward model: its output head is a {type(head).__name__}, not a "
-                "torch.nn.Linear whose rows can be read"
-            )
+        head = get_output_head(cast(PreTrainedModel, self))
         token_ids = tuple(self.config.reward_token_ids)
         if len(token_ids) != 2 or not all(0 <= token_id < head.weight.shape[0] for token_id in token_ids):
             raise ValueError(
@@ -110,9 +101,9 @@ class ProcessRewardMixin:
     def forward(
         self,
         *args,
-        labels: torch.FloatTensor | None = None,
-        step_mask: torch.BoolTensor | None = None,
-        label_weights: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        step_mask: torch.Tensor | None = None,
+        label_weights: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | float | None = None,
         use_cache: bool = False,
         **kwargs,
@@ -177,7 +168,9 @@ def _new_instance(stock: type[PreTrainedModel]) -> PreTrainedModel:
     return model_class.__new__(model_class)
 
 
-@functools.cache
+_CLASSES: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
+
+
 def process_reward_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """
     Returns the process reward model class of a stock class.
@@ -190,9 +183,23 @@ def process_reward_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         stock (`type[PreTrainedModel]`):
             A `…ForConditionalGeneration` or `…ForCausalLM` class.
     """
-    return type(
-        stock.__name__, (ProcessRewardMixin, stock), {"__module__": stock.__module__, "__doc__": stock.__doc__}
-    )
+    if stock not in _CLASSES:
+        namespace = {"__module__": stock.__module__, "__doc__": stock.__doc__}
+        _CLASSES[stock] = type(stock.__name__, (ProcessRewardMixin, stock), namespace)
+    return _CLASSES[stock]
+
+
+def get_output_head(model: PreTrainedModel) -> RewardHead:
+    """Returns the output head, and refuses, by name, a model with a head whose rows cannot be read."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} cannot become a process reward model: it has no output head")
+    if type(head).forward not in (nn.Linear.forward, RewardHead.forward):
+        raise ValueError(
+            f"{type(model).__name__} cannot become a process reward model: its output head is a "
+            f"{type(head).__name__}, not a torch.nn.Linear whose rows can be read"
+        )
+    return cast(RewardHead, head)
 
 
 def check_config(config: PreTrainedConfig) -> None:

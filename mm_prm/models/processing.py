@@ -107,8 +107,9 @@ class ProcessRewardProcessor:
             [AddedToken(token, single_word=True, normalized=False) for token in reward_tokens if token not in known]
         )
         wrapped = cls(processor, step_token, reward_tokens)
+        vocabulary = tokenizer.get_vocab()
         wrapped.added_token_ids = tuple(
-            tokenizer.convert_tokens_to_ids(token) for token in (step_token, *reward_tokens) if token not in known
+            vocabulary[token] for token in (step_token, *reward_tokens) if token not in known
         )
         return wrapped
 

@@ -35,12 +35,15 @@ class Prompt:
             The last special token in `text`, empty if there is none.
         tail (`str`):
             What follows the anchor.
+        tail_ids (`tuple[int, ...]`):
+            The tail in tokens.
     """
 
     text: str
     images: tuple[Any, ...]
     anchor: str
     tail: str
+    tail_ids: tuple[int, ...]
 
 
 @dataclass
@@ -50,7 +53,7 @@ class PromptTensors:
 
     Args:
         input_ids (`list[np.ndarray]`):
-            Ids of each row's prompt up to and including the anchor.
+            Ids of each row's prompt without its tail.
         token_types (`dict[str, list[np.ndarray]]`):
             Types of these tokens, under the names that the model's processor uses.
         images (`dict[str, torch.Tensor]`):
@@ -76,7 +79,7 @@ class PromptRenderer:
     def __init__(self, processor: ProcessorMixin | PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase):
         self.processor = processor
         self.tokenizer = tokenizer
-        self._rendered: dict[tuple[str | None, ...], tuple[str, str, str]] = {}
+        self._rendered: dict[tuple[str | None, ...], tuple[str, str, str, tuple[int, ...]]] = {}
         specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         specials.sort(key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, specials))) if specials else None
@@ -96,13 +99,16 @@ class PromptRenderer:
             if len(self._rendered) >= _MAX_RENDERED:
                 self._rendered.clear()
             text = self._apply_chat_template(parts)
-            last = None
-            if self._special_pattern is not None:
-                for last in self._special_pattern.finditer(text):
-                    pass
-            self._rendered[key] = (text, last[0], text[last.end() :]) if last else (text, "", text)
-        text, anchor, tail = self._rendered[key]
-        return Prompt(text, tuple(images), anchor, tail)
+            anchor, tail = self._cut(text)
+            ids = self.tokenizer(anchor + tail, add_special_tokens=False)["input_ids"]
+            self._rendered[key] = (text, anchor, tail, tuple(ids[1:] if anchor else ids))
+        text, anchor, tail, tail_ids = self._rendered[key]
+        return Prompt(text, tuple(images), anchor, tail, tail_ids)
+
+    def _cut(self, text: str) -> tuple[str, str]:
+        """The last special token of a text, and what follows it."""
+        matches = list(self._special_pattern.finditer(text)) if self._special_pattern is not None else []
+        return (matches[-1][0], text[matches[-1].end() :]) if matches else ("", text)
 
     def encode(self, prompts: Sequence[Prompt]) -> PromptTensors:
         """
@@ -126,18 +132,18 @@ class PromptRenderer:
         )
 
     def _apply_chat_template(self, parts: Sequence[str | None]) -> str:
-        content: str | list[dict[str, str]]
+        content: Any
         if isinstance(self.processor, PreTrainedTokenizerBase):
             if None in parts:
                 raise ValueError("the problem has images, but the model reads text only")
             content = "".join(part for part in parts if part is not None)
         else:
             content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
-        messages = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        return str(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def _process(self, prompts: list[Prompt]) -> tuple[dict[str, list[np.ndarray]], dict[str, torch.Tensor]]:
-        """Ids and types of each prompt up to its anchor, and the image tensors of all prompts."""
+        """Ids and types of each prompt without its tail, and the image tensors of all prompts."""
         encoded: dict[str, list[np.ndarray]] = {}
         features: dict[str, torch.Tensor] = {}
         # Apart, because processors disagree about prompts without images between prompts with some
@@ -160,16 +166,17 @@ class PromptRenderer:
             if with_images:
                 features = outputs
             for row, index in enumerate(indices):
-                end = self._anchor_end(ids[row, : lengths[row]], prompts[index])
+                # The processor may have put tokens of its own behind the anchor, so the tail is cut off from the end
+                tail = prompts[index].tail_ids
+                end = lengths[row] - len(tail)
+                if tuple(ids[row, end : lengths[row]].tolist()) != tail:
+                    raise ValueError(
+                        f"the tokenizer reads {prompts[index].tail!r} at the end of the prompt in another way than "
+                        f"behind {prompts[index].anchor!r}; this tokenizer is not supported"
+                    )
                 for key, array in texts.items():
                     encoded.setdefault(key, [np.empty(0, dtype=np.int64)] * len(prompts))[index] = array[row, :end]
         return encoded, features
-
-    def _anchor_end(self, ids: np.ndarray, prompt: Prompt) -> int:
-        if not prompt.anchor:
-            return 0
-        anchor_id = self.tokenizer.convert_tokens_to_ids(prompt.anchor)
-        return int(np.flatnonzero(ids == anchor_id)[-1]) + 1
 
 
 def _distinct(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[int]]:
@@ -178,7 +185,8 @@ def _distinct(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[int]]:
     # fingerprinted once.
     fingerprints: dict[int, Any] = {}
     numbers: dict[Any, int] = {}
-    distinct, rows = [], []
+    distinct: list[Prompt] = []
+    rows: list[int] = []
     for prompt in prompts:
         for image in prompt.images:
             if id(image) not in fingerprints:
