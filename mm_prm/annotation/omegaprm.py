@@ -135,9 +135,8 @@ class OmegaPRM:
             return
         wrong: dict[Steps, None] = {}  # each text once: searching it again would ask for the same prefixes
         for rollout, verdict in zip(node.rollouts, node.verdicts, strict=True):
-            if compatible and verdict != "right":
-                wrong[rollout.steps] = None
-            elif verdict == "wrong" and len(rollout.steps) > 1:
+            searchable = verdict != "right" if compatible else verdict == "wrong" and len(rollout.steps) > 1
+            if searchable:
                 wrong[rollout.steps] = None
         alpha, beta = self._config.alpha, self._config.beta
         mc_value = node.num_right / node.num_judged
