@@ -1,0 +1,228 @@
+"""Scores every step of every candidate with a process reward model, computing what candidates share once."""
+
+import copy
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .rows import Row, collate, encode_rows, token_budget_batches, windows
+
+logger = logging.getLogger(__name__)
+
+# Batches are cut from this many batches' worth of rows sorted by length: little padding, few images held at a time.
+_BATCHES_PER_WINDOW = 16
+
+
+class Scorer:
+    """
+    Gives each step of a solution its score: the model's P(right) after the step.
+
+    The candidates of a problem share its images and its question. These are computed once, and the candidates continue
+    from the cached keys and values, as a policy's samples do. A solution that occurs more than once is scored once.
+    Scored alone, in a batch, or after a shared prefix, a solution gets the same scores up to rounding.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Process reward model, from [`AutoModelForProcessReward`].
+        processor ([`ProcessRewardProcessor`]):
+            Its processor.
+        max_tokens (`int`, *optional*, defaults to `16384`):
+            Largest number of tokens of a batch, padding included.
+        share_prefix (`bool`, *optional*, defaults to `True`):
+            Whether candidates continue from their problem's cached prefix. Where an architecture does not support that
+            (checked on the first problem) each candidate is computed whole. Small models on fast devices do better
+            without: candidates of many problems then share a batch.
+
+    Example:
+
+    ```python
+    >>> from mm_prm.inference import Scorer
+
+    >>> scorer = Scorer.from_pretrained("path/to/prm")
+    >>> problem = {"id": "1", "question": "What is 2 + 3?", "images": []}
+    >>> scores = scorer.score([problem], [[["2 + 3 = 5", "The answer is 5."], ["The answer is 6."]]])
+    >>> [len(candidate) for candidate in scores[0]]
+    [2, 1]
+    ```
+    """
+
+    def __init__(self, model: Any, processor: Any, max_tokens: int = 16384, share_prefix: bool = True):
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens = {max_tokens}: must be at least 1")
+        self.model = model.eval()
+        self.processor = processor
+        self.max_tokens = max_tokens
+        self.share_prefix = share_prefix
+        self._prefix_checked = False
+        pad_token_id = processor.tokenizer.pad_token_id
+        self._padding = 0 if pad_token_id is None else pad_token_id
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        **kwargs,
+    ) -> "Scorer":
+        """
+        Load a process reward model with its processor.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                Folder or Hub repository.
+            dtype (`torch.dtype` or `str`, *optional*):
+                Type of the weights; as saved if not given.
+            device (`torch.device` or `str`, *optional*):
+                Where to compute; the first GPU if there is one, else the CPU.
+            kwargs:
+                `max_tokens` and `share_prefix`.
+        """
+        from mm_prm.models import AutoModelForProcessReward, ProcessRewardProcessor
+
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model: Any = AutoModelForProcessReward.from_pretrained(
+            pretrained_model_name_or_path, dtype="auto" if dtype is None else dtype
+        )
+        processor = ProcessRewardProcessor.from_pretrained(pretrained_model_name_or_path)
+        return cls(model.to(device), processor, **kwargs)
+
+    def score(
+        self,
+        problems: Sequence[Mapping[str, Any]],
+        candidates: Sequence[Sequence[Sequence[str]]],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[list[float]]]:
+        """
+        Score every step of every candidate.
+
+        Args:
+            problems (`Sequence[Mapping[str, Any]]`):
+                Problem rows, with `id`, `question` and `images`.
+            candidates (`Sequence[Sequence[Sequence[str]]]`):
+                For each problem the steps of each candidate.
+            progress (`Callable[[int, int], None]`, *optional*):
+                Called with the number of distinct solutions scored so far and in all.
+
+        Returns:
+            `list[list[list[float]]]`: For each problem and candidate one score in [0, 1] for each step; `[]` for a
+            candidate without steps.
+        """
+        if len(problems) != len(candidates):
+            raise ValueError(f"{len(problems)} problems and {len(candidates)} lists of candidates; give one list each")
+        distinct = [list(dict.fromkeys(tuple(steps) for steps in solutions if steps)) for solutions in candidates]
+        scores: list[dict[tuple[str, ...], list[float]]] = [{} for _ in problems]
+        total, done = sum(map(len, distinct)), 0
+        # Problems of similar length come together, so that the windows hold rows of similar length.
+        order = sorted(
+            (index for index, solutions in enumerate(distinct) if solutions),
+            key=lambda index: len(problems[index]["question"]) + max(map(_num_characters, distinct[index])),
+            reverse=True,
+        )
+        groups = (encode_rows(self.processor, index, problems[index], distinct[index]) for index in order)
+        with torch.inference_mode():
+            for window in windows(groups, 1 if self.share_prefix else _BATCHES_PER_WINDOW * self.max_tokens):
+                for rows, batch_scores in self._score_window(window):
+                    for row, row_scores in zip(rows, batch_scores, strict=True):
+                        scores[row.problem][row.steps] = row_scores
+                    done += len(rows)
+                    if progress is not None:
+                        progress(done, total)
+        return [
+            [list(known[tuple(steps)]) if steps else [] for steps in solutions]
+            for known, solutions in zip(scores, candidates, strict=True)
+        ]
+
+    def _score_window(self, rows: list[Row]) -> Iterator[tuple[list[Row], list[list[float]]]]:
+        if self.share_prefix and not self._prefix_checked:
+            self.share_prefix = self._prefix_is_supported(rows[0])
+            self._prefix_checked = True
+        if self.share_prefix and len(rows) > 1:
+            yield from self._score_after_prefix(rows)
+        else:
+            for batch in token_budget_batches(rows, self.max_tokens):
+                yield batch, self._score_whole(batch)
+
+    def _score_whole(self, rows: list[Row]) -> list[list[float]]:
+        batch = self._to_device(collate(rows, self._padding))
+        step_mask = batch.pop("step_mask")
+        return self._step_scores(self.model(**batch).logits, step_mask)
+
+    def _score_after_prefix(self, rows: list[Row]) -> Iterator[tuple[list[Row], list[list[float]]]]:
+        """Compute what all rows of one problem share, then the rest of each row from the cached keys and values."""
+        prefix_length = _prefix_length(rows)
+        prefix = {key: tensor[None, :prefix_length] for key, tensor in rows[0].sequences.items() if key != "step_mask"}
+        cache = self.model(**self._to_device(prefix | rows[0].images), use_cache=True).past_key_values
+        batches = token_budget_batches(rows, self.max_tokens, shared=prefix_length)
+        for batch in batches:
+            branches = collate(
+                [
+                    Row(row.problem, row.steps, {k: v[prefix_length:] for k, v in row.sequences.items()}, {})
+                    for row in batch
+                ],
+                self._padding,
+            )
+            step_mask = branches["step_mask"].to(self.model.device)
+            input_ids = branches["input_ids"].to(self.model.device)
+            # Nothing is padded on the left, and no token sees the padding on its right: the model's own causal mask is
+            # the right one. So are its own positions after images. Without images, multimodal positions would be those
+            # of the last problem that had some.
+            positions = {}
+            if not rows[0].images:
+                position_ids = torch.arange(prefix_length, prefix_length + input_ids.shape[1], device=input_ids.device)
+                positions["position_ids"] = position_ids.expand(input_ids.shape)
+            branch_cache = cache if batch is batches[-1] else copy.deepcopy(cache)
+            branch_cache.batch_repeat_interleave(len(batch))
+            logits = self.model(input_ids=input_ids, past_key_values=branch_cache, use_cache=True, **positions).logits
+            yield batch, self._step_scores(logits, step_mask)
+
+    def _prefix_is_supported(self, row: Row) -> bool:
+        """Compare both ways on one solution: some architectures have no cache, or positions of their own."""
+        whole = torch.tensor(self._score_whole([row]))
+        try:
+            [(_, after_prefix)] = self._score_after_prefix([row])
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            logger.warning("%s cannot continue from a cached prefix (%s)", type(self.model).__name__, error)
+            return False
+        deviation = (whole - torch.tensor(after_prefix)).abs().max().item()
+        if deviation > torch.finfo(self.model.dtype).eps ** 0.5:
+            logger.warning(
+                "%s gives other scores after a cached prefix (by %.2g); each candidate is computed whole",
+                type(self.model).__name__,
+                deviation,
+            )
+            return False
+        return True
+
+    def _to_device(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            key: tensor.to(self.model.device, self.model.dtype if tensor.is_floating_point() else tensor.dtype)
+            for key, tensor in batch.items()
+        }
+
+    @staticmethod
+    def _step_scores(logits: torch.Tensor, step_mask: torch.Tensor) -> list[list[float]]:
+        probabilities = logits.float().softmax(dim=-1)[..., 1]
+        counts = step_mask.sum(dim=1).tolist()
+        return [scores.tolist() for scores in probabilities[step_mask].split(counts)]
+
+
+def _num_characters(steps: Sequence[str]) -> int:
+    return sum(map(len, steps))
+
+
+def _prefix_length(rows: Sequence[Row]) -> int:
+    """Number of leading tokens that all rows share, up to the end of the first step at most."""
+    first = rows[0].sequences
+    shared = int(first["step_mask"].int().argmax())
+    for row in rows[1:]:
+        length = min(shared, len(row))
+        differs = row.sequences["input_ids"][:length] != first["input_ids"][:length]
+        shared = int(differs.int().argmax()) if differs.any() else length
+    return shared
