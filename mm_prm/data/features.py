@@ -172,7 +172,7 @@ def validate_rows(kind: RowKind, rows: Iterable[Mapping[str, Any]]) -> int:
     return index + 1
 
 
-def validate_row(kind: RowKind, row: Mapping[str, Any], index: int = 0) -> None:
+def validate_row(kind: RowKind, row: Mapping[str, Any], index: int | str = 0) -> None:
     """
     Check one row; see [`validate_rows`].
 
@@ -181,8 +181,8 @@ def validate_row(kind: RowKind, row: Mapping[str, Any], index: int = 0) -> None:
             One of `"problem"`, `"tree"`, `"stepwise"` and `"pool"`.
         row (`Mapping[str, Any]`):
             The row.
-        index (`int`, *optional*, defaults to `0`):
-            Its number, used to name it where it has no id.
+        index (`int` or `str`, *optional*, defaults to `0`):
+            Its number, or its number and file, used to name it where it has no id.
     """
     if kind not in get_args(RowKind):
         raise ValueError(f"kind = {kind!r}: there is no such kind of row; use one of {', '.join(get_args(RowKind))}")
@@ -202,7 +202,7 @@ def validate_row(kind: RowKind, row: Mapping[str, Any], index: int = 0) -> None:
     _CHECKS[kind](row, fail)
 
 
-def validate_problem(row: Mapping[str, Any], index: int = 0) -> None:
+def validate_problem(row: Mapping[str, Any], index: int | str = 0) -> None:
     """Check one problem row; see [`validate_row`]."""
     validate_row("problem", row, index)
 

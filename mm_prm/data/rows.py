@@ -1,0 +1,319 @@
+"""Trees → stepwise rows: the solutions in a tree, with a label at every step whose value is known.
+
+A solution is a path from the root to a leaf, or a finished rollout (the path to its node and what the policy wrote
+from there). Its step i has a label where a node's prefix ends with that step, and then the label is that node's
+mc_value = num_right / num_judged. The last step of a finished rollout has the certain label 1 or 0: it states the
+answer, and Best-of-N scores it, so that it must occur in training.
+
+Of all solutions of a tree those are chosen, right and wrong in balance, that bring the most labels that no solution
+chosen before has brought. A solution that brings none is left out: its text and its labels are contained in the others.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import datasets
+
+from .features import STEPWISE_FEATURES, RowError, validate_row
+
+Steps = tuple[str, ...]
+
+
+@dataclass
+class RowConfig:
+    """
+    How trees become rows.
+
+    Args:
+        max_rows_per_tree (`int`, *optional*, defaults to `16`):
+            Largest number of rows of one tree.
+        balance (`bool`, *optional*, defaults to `True`):
+            Whether the rows of a tree that end right and those that end wrong are kept equal in number (they differ by
+            at most one). What a row ends with is its last label.
+        right_threshold (`float`, *optional*, defaults to `0.0`):
+            A row ends right if its last label lies above this value.
+        keep_unanimous (`bool`, *optional*, defaults to `False`):
+            Whether to keep trees in which all rollouts from the root ended alike, and trees that have rows of one kind
+            only. They say how hard the problem is rather than which step is wrong. With `balance`, such a tree gives at
+            most half of `max_rows_per_tree`.
+        include_rollouts (`str`, *optional*, defaults to `"balanced"`):
+            Which rollouts become rows: `"balanced"` for up to `rollouts_per_node` right and as many wrong ones of each
+            node, `"none"` for paths of measured nodes only. Without rollouts hardly any step that states an answer has
+            a label.
+        rollouts_per_node (`int`, *optional*, defaults to `2`):
+            Largest number of right, and of wrong, rollouts taken from a node.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of all choices. The rows of a tree depend on the seed and on this tree alone.
+    """
+
+    max_rows_per_tree: int = 16
+    balance: bool = True
+    right_threshold: float = 0.0
+    keep_unanimous: bool = False
+    include_rollouts: Literal["none", "balanced"] = "balanced"
+    rollouts_per_node: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_rows_per_tree < 1:
+            raise ValueError(f"max_rows_per_tree = {self.max_rows_per_tree}: give a number above 0")
+        if self.rollouts_per_node < 1:
+            raise ValueError(f"rollouts_per_node = {self.rollouts_per_node}: give a number above 0")
+        if not 0 <= self.right_threshold < 1:
+            raise ValueError(f"right_threshold = {self.right_threshold}: give a number from 0 up to, not including, 1")
+        if self.include_rollouts not in ("none", "balanced"):
+            raise ValueError(f"include_rollouts = {self.include_rollouts!r}: use 'none' or 'balanced'")
+
+
+@dataclass
+class _Values:
+    """What a tree knows of every sequence of steps in it: the counts (num_right, num_judged), and the node."""
+
+    counts: dict[Steps, tuple[int, int]] = field(default_factory=dict)
+    nodes: dict[Steps, int] = field(default_factory=dict)
+
+
+@dataclass
+class _Candidate:
+    """A solution, the labels on its way (equal numbers for a way that solutions share), and what the last one says."""
+
+    solution: Steps
+    labels: set[int]
+    ends_right: bool
+
+
+def trees_to_rows(
+    trees: Iterable[Mapping[str, Any]],
+    config: RowConfig | None = None,
+    problems: Iterable[Mapping[str, Any]] | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """
+    Turn tree rows into stepwise rows.
+
+    Args:
+        trees (`Iterable[Mapping[str, Any]]`):
+            Tree rows; of those that are not complete nothing is used.
+        config ([`RowConfig`], *optional*):
+            Which rows to make.
+        problems (`Iterable[Mapping[str, Any]]`, *optional*):
+            Problem rows, for the rows' `prompt`. Without them it is left empty, and [`join_problems`] fills it.
+
+    Returns:
+        `tuple[list[dict[str, Any]], dict[str, Any]]`: The rows, and the counts: `trees`, `trees_kept`, `trees_dropped`
+        by reason, `solutions` found, `duplicates` (contained in the rows already), `left_out` (over the limit or the
+        balance), `rows`, of which `rows_right` and `rows_wrong`, `labels`, and of these `distinct_labels` (a step that
+        several rows share counts once).
+    """
+    config = config or RowConfig()
+    questions = _questions(problems) if problems is not None else None
+    rows: list[dict[str, Any]] = []
+    counts: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    seen: set[str] = set()
+    for number, tree in enumerate(trees):
+        validate_row("tree", tree, number)
+        problem_id = tree["problem_id"]
+        if problem_id in seen:
+            raise RowError(
+                "tree", f"row {number}", "problem_id", problem_id, "a problem has one tree; remove the other"
+            )
+        seen.add(problem_id)
+        if questions is not None and problem_id not in questions:
+            raise RowError("tree", f"row {number}", "problem_id", problem_id, "there is no problem with this id")
+        chosen, values, reason = _choose(tree, config, counts)
+        if reason:
+            dropped[reason] += 1
+        for candidate in chosen:
+            prompt = questions[problem_id] if questions is not None else ""
+            rows.append(_row(problem_id, prompt, candidate.solution, values))
+            counts["rows_right" if candidate.ends_right else "rows_wrong"] += 1
+            counts["labels"] += len(candidate.labels)
+        counts["distinct_labels"] += len(set().union(*(candidate.labels for candidate in chosen)))
+    names = ("solutions", "duplicates", "left_out", "rows_right", "rows_wrong", "labels", "distinct_labels")
+    report = {
+        "trees": len(seen),
+        "trees_kept": len(seen) - dropped.total(),
+        "trees_dropped": dict(sorted(dropped.items())),
+        "rows": len(rows),
+        **{name: counts[name] for name in names},
+    }
+    return rows, report
+
+
+def _choose(tree: Mapping[str, Any], config: RowConfig, counts: Counter[str]) -> tuple[list[_Candidate], _Values, str]:
+    """Choose the solutions of a tree that become rows, or say why the tree gives none."""
+    values = _Values()
+    if tree["status"] != "complete":
+        return [], values, tree["status"]
+    root = tree["nodes"][0]
+    if not config.keep_unanimous and root["num_judged"] and root["num_right"] in (0, root["num_judged"]):
+        return [], values, "unanimous"
+
+    rng = random.Random(f"{config.seed} {tree['problem_id']}")
+    candidates = _candidates(_solutions(tree, config, values, rng), values, config.right_threshold)
+    rng.shuffle(candidates)
+    counts["solutions"] += len(candidates)
+    if not candidates:
+        return [], values, "no_labels"
+    waiting = {side: [candidate for candidate in candidates if candidate.ends_right == side] for side in (True, False)}
+    one_sided = not waiting[True] or not waiting[False]
+    limit = config.max_rows_per_tree
+    if config.balance and one_sided:
+        if not config.keep_unanimous:
+            counts["left_out"] += len(candidates)
+            return [], values, "one_sided"
+        limit = (limit + 1) // 2
+
+    chosen: list[_Candidate] = []
+    covered: set[int] = set()
+    surplus = 0  # rows that end right more than rows that end wrong
+    while len(chosen) < limit:
+        behind = config.balance and not one_sided and surplus != 0
+        pool = waiting[surplus < 0] if behind else waiting[True] + waiting[False]
+        best = max(pool, key=lambda candidate: len(candidate.labels - covered), default=None)
+        if best is None or best.labels <= covered:
+            break
+        chosen.append(best)
+        waiting[best.ends_right].remove(best)
+        surplus += 1 if best.ends_right else -1
+        covered |= best.labels
+    duplicates = sum(candidate.labels <= covered for candidate in waiting[True] + waiting[False])
+    counts["duplicates"] += duplicates
+    counts["left_out"] += len(candidates) - len(chosen) - duplicates
+    return chosen, values, ""
+
+
+def _candidates(solutions: Iterable[Steps], values: _Values, right_threshold: float) -> list[_Candidate]:
+    """The solutions that have a label at all."""
+    candidates = []
+    numbers: dict[Steps, int] = {}
+    for solution in solutions:
+        labelled = [prefix for prefix in _prefixes(solution) if prefix in values.counts]
+        if labelled:
+            num_right, num_judged = values.counts[labelled[-1]]
+            labels = {numbers.setdefault(prefix, len(numbers)) for prefix in labelled}
+            candidates.append(_Candidate(solution, labels, num_right / num_judged > right_threshold))
+    return candidates
+
+
+def _prefixes(solution: Steps) -> list[Steps]:
+    return [solution[: index + 1] for index in range(len(solution))]
+
+
+def _solutions(tree: Mapping[str, Any], config: RowConfig, values: _Values, rng: random.Random) -> list[Steps]:
+    """List the distinct solutions of a tree, and note in `values` what is known of their steps."""
+    prefixes: dict[int, Steps] = {-1: ()}
+    parents = {node["parent_id"] for node in tree["nodes"]}
+    solutions: dict[Steps, None] = {}  # a set that keeps its order
+    for node in tree["nodes"]:
+        prefix = prefixes[node["parent_id"]] + tuple(node["steps"])
+        prefixes[node["node_id"]] = prefix
+        values.nodes.setdefault(prefix, node["node_id"])
+        if prefix and node["num_judged"]:
+            # Two nodes can hold the same text; their rollouts measure the same thing.
+            num_right, num_judged = values.counts.get(prefix, (0, 0))
+            values.counts[prefix] = num_right + node["num_right"], num_judged + node["num_judged"]
+        if prefix and node["node_id"] not in parents:
+            solutions[prefix] = None
+    if config.include_rollouts == "none":
+        return list(solutions)
+
+    finished: dict[tuple[int, str], dict[Steps, None]] = {}
+    certain: dict[Steps, tuple[int, int]] = {}
+    for rollout in tree["rollouts"]:
+        solution = prefixes[rollout["node_id"]] + tuple(rollout["steps"])
+        if solution and rollout["status"] == "finished" and rollout["verdict"] != "unknown":
+            certain.setdefault(solution, (int(rollout["verdict"] == "right"), 1))
+            finished.setdefault((rollout["node_id"], rollout["verdict"]), {})[solution] = None
+    # What was judged is certain, even where the policy, sent on from a finished answer, talked itself out of it.
+    values.counts |= certain
+    for alike in finished.values():
+        sample = list(alike)
+        rng.shuffle(sample)
+        solutions |= dict.fromkeys(sample[: config.rollouts_per_node])
+    return list(solutions)
+
+
+def _row(problem_id: str, prompt: str, solution: Steps, values: _Values) -> dict[str, Any]:
+    prefixes = _prefixes(solution)
+    counts = [values.counts.get(prefix) for prefix in prefixes]
+    return {
+        "problem_id": problem_id,
+        "prompt": prompt,
+        "completions": list(solution),
+        "labels": [count and count[0] / count[1] for count in counts],
+        "num_right": [count and count[0] for count in counts],
+        "num_judged": [count and count[1] for count in counts],
+        "tree_id": problem_id,
+        "path": [values.nodes[()]] + [values.nodes[prefix] for prefix in prefixes if prefix in values.nodes],
+    }
+
+
+def join_problems(
+    rows: datasets.Dataset | Iterable[Mapping[str, Any]], problems: datasets.Dataset
+) -> datasets.Dataset:
+    """
+    Give rows their problems' images, in the flat form that trainers take.
+
+    A problem's images are not copied to its many rows: they are looked up in `problems` when a row is read. As the
+    look-up belongs to the data set's format, it goes along with `select`, `shuffle`, `map` and worker processes, and is
+    lost by `with_format` and by saving the rows alone.
+
+    Args:
+        rows (`datasets.Dataset` or `Iterable[Mapping[str, Any]]`):
+            Stepwise rows.
+        problems (`datasets.Dataset`):
+            Problem rows, as `load_problems` gives them.
+
+    Returns:
+        `datasets.Dataset`: The rows with a column `images`, and with the problem's question as `prompt`.
+
+    Raises:
+        `ValueError`: If problems are missing, naming them.
+        [`RowError`]: If a row was made from another question than the problem's.
+    """
+    if not isinstance(rows, datasets.Dataset):
+        rows = datasets.Dataset.from_list([dict(row) for row in rows], features=STEPWISE_FEATURES)
+    questions = _questions(problems)
+    problem_ids = rows["problem_id"][:]
+    missing = sorted(set(problem_ids) - set(questions))
+    if missing:
+        shown = ", ".join(map(repr, missing[:10])) + (", …" if len(missing) > 10 else "")
+        raise ValueError(f"{len(missing)} problems of the rows are not in the problem table: {shown}")
+    for number, (problem_id, prompt) in enumerate(zip(problem_ids, rows["prompt"][:], strict=True)):
+        if prompt not in ("", questions[problem_id]):
+            advice = f"the question of problem {problem_id!r} reads otherwise; make the rows anew from its tree"
+            raise RowError("stepwise", f"row {number}", "prompt", prompt, advice)
+    prompts = [questions[problem_id] for problem_id in problem_ids]
+    references = [[{"bytes": None, "path": problem_id}] for problem_id in problem_ids]
+    rows = rows.remove_columns("prompt").add_column("prompt", prompts, feature=datasets.Value("string"))
+    rows = rows.add_column("images", references, feature=datasets.List(datasets.Image(decode=False)))
+    return rows.with_transform(_ImageLookup(problems))
+
+
+class _ImageLookup:
+    """Replaces the reference that stands in the column `images` by the images of that problem."""
+
+    def __init__(self, problems: datasets.Dataset):
+        self.positions = {problem_id: position for position, problem_id in enumerate(problems["id"][:])}
+        self.problems = problems.select_columns("images")
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        if "images" in batch:
+            batch = {**batch, "images": [self._images(images) for images in batch["images"]]}
+        return batch
+
+    def _images(self, images: list[dict[str, Any]]) -> list[Any]:
+        if len(images) == 1 and images[0]["bytes"] is None:
+            return self.problems[self.positions[images[0]["path"]]]["images"]
+        # After `map` the column holds the pictures themselves.
+        return [datasets.Image().decode_example(image) for image in images]
+
+
+def _questions(problems: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    if isinstance(problems, datasets.Dataset):
+        problems = problems.select_columns(["id", "question"])  # no picture need be unpacked
+    return {problem["id"]: problem["question"] for problem in problems}
