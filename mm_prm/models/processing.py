@@ -213,6 +213,11 @@ class ProcessRewardProcessor:
             positions.append(steps)
         return self._assemble(encoded, input_ids, positions, labels)
 
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the inputs that the wrapped processor makes."""
+        return self.processor.model_input_names
+
     def num_tokens(self, problem: Mapping[str, Any], steps: Sequence[str]) -> int:
         """
         Returns the length in tokens of a row, its image tokens included.

@@ -1,0 +1,79 @@
+"""Rows to batches, on the fly: pictures are decoded and processed when their turn comes."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.data.data_collator import DataCollatorMixin
+
+from ..models import ProcessRewardProcessor
+from .rows import to_problem
+
+# Keys of a batch that the model does not take
+ROW_KEYS = ("row_index", "problem_key")
+
+
+@dataclass
+class DataCollatorForProcessReward(DataCollatorMixin):
+    """
+    Data collator for process reward training.
+
+    Args:
+        processor ([`ProcessRewardProcessor`]):
+            Processor of the model.
+        max_length (`int`, *optional*):
+            Longest sequence in tokens; see [`PRMConfig`].
+        label_mode (`str`, *optional*, defaults to `"soft"`):
+            `"soft"` or `"hard"`; see [`PRMConfig`].
+        hard_threshold (`float`, *optional*, defaults to `0.0`):
+            Labels above it count as right in label mode `"hard"`.
+        label_weighting (`str`, *optional*, defaults to `"none"`):
+            `"none"` or `"num_judged"`; see [`PRMConfig`].
+        return_tensors (`str`, *optional*, defaults to `"pt"`):
+            Only `"pt"`.
+    """
+
+    processor: ProcessRewardProcessor
+    max_length: int | None = None
+    label_mode: str = "soft"
+    hard_threshold: float = 0.0
+    label_weighting: str = "none"
+    return_tensors: str = "pt"
+
+    def torch_call(self, examples: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = self.processor(
+            [to_problem(row) for row in examples],
+            [row["completions"] for row in examples],
+            [self._labels(row["labels"]) for row in examples],
+            max_length=self.max_length,
+        )
+        inputs = dict(batch)
+        if self.label_weighting == "num_judged":
+            inputs["label_weights"] = self._weights(inputs["step_mask"], examples)
+        inputs["row_index"] = torch.tensor([row["row_index"] for row in examples])
+        inputs["problem_key"] = torch.tensor([_problem_key(row) for row in examples])
+        return inputs
+
+    def _labels(self, labels: Sequence[float | None]) -> list[float | None]:
+        if self.label_mode == "hard":
+            return [None if label is None else float(label > self.hard_threshold) for label in labels]
+        return [None if label is None else float(label) for label in labels]
+
+    def _weights(self, step_mask: torch.Tensor, examples: list[Mapping[str, Any]]) -> torch.Tensor:
+        weights = torch.zeros(step_mask.shape)
+        for index, row in enumerate(examples):
+            positions = step_mask[index].nonzero().squeeze(1)
+            weights[index, positions] = torch.tensor(
+                [float(number or 0) for number in row["num_judged"][: len(positions)]]
+            )
+        return weights
+
+
+def _problem_key(row: Mapping[str, Any]) -> int:
+    """A number that stands for the row's problem, the same in every process. Rows without an id stand for themselves."""
+    problem_id = row.get("problem_id")
+    if problem_id is None:
+        return -1 - row["row_index"]
+    return int.from_bytes(hashlib.blake2b(problem_id.encode(), digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,119 @@
+"""`PRMConfig`: the settings of [`PRMTrainer`]."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils import is_torch_bf16_gpu_available
+from trl.trainer.base_config import _BaseConfig
+
+LABEL_MODES = ("soft", "hard")
+LABEL_WEIGHTINGS = ("none", "num_judged")
+
+
+@dataclass
+class PRMConfig(_BaseConfig):
+    r"""
+    Configuration class for the [`PRMTrainer`].
+
+    This class includes only the parameters that are specific to process reward training. For a full list of training
+    arguments, please refer to the [`~transformers.TrainingArguments`] documentation. Note that default values in this
+    class may differ from those in [`~transformers.TrainingArguments`].
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control the model
+
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments of `from_pretrained`, used when the `model` argument of the [`PRMTrainer`] is a string.
+        freeze_vision_tower (`bool`, *optional*, defaults to `True`):
+            Whether to leave the vision tower as it is.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Whether to disable dropout in the model.
+
+        > Parameters that control the data
+
+        max_length (`int`, *optional*):
+            Longest sequence in tokens, images included. Whole trailing steps are dropped with their labels; rows that
+            have no label left are dropped before training and counted. If `None`, nothing is cut.
+        label_mode (`str`, *optional*, defaults to `"soft"`):
+            `"soft"` trains on the labels as they are, `"hard"` on 1 for labels above `hard_threshold` and 0 for others.
+        hard_threshold (`float`, *optional*, defaults to `0.0`):
+            Labels above it count as right in label mode `"hard"`. With Monte Carlo labels, 0 calls a step right if any
+            rollout from it ended right.
+        label_weighting (`str`, *optional*, defaults to `"none"`):
+            `"none"` weighs all labels alike, `"num_judged"` by the number of judged rollouts behind them (column
+            `num_judged`).
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `logging_steps`: Defaults to `10` instead of `500`.
+    > - `gradient_checkpointing`: Defaults to `True` instead of `False`.
+    > - `bf16`: Defaults to `True` on a GPU that has it if `fp16` is not set, instead of `False`.
+    > - `learning_rate`: Defaults to `1e-5` instead of `5e-5`.
+    > - `remove_unused_columns`: Defaults to `False`, because the collator reads the rows.
+    """
+
+    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+
+    # Parameters whose default values are overridden from TrainingArguments
+    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay false: the collator reads the rows as they are."}
+    )
+
+    # Parameters that control the model
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments of `from_pretrained`, used when `model` is a string."},
+    )
+    freeze_vision_tower: bool = field(default=True, metadata={"help": "Whether to leave the vision tower as it is."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Whether to disable dropout in the model."})
+
+    # Parameters that control the data
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest sequence in tokens, images included. Whole trailing steps are dropped with their labels; "
+            "rows that have no label left are dropped before training and counted. If `None`, nothing is cut."
+        },
+    )
+    label_mode: str = field(
+        default="soft",
+        metadata={
+            "help": "'soft' trains on the labels as they are, 'hard' on 1 for labels above `hard_threshold` and 0 for "
+            "others.",
+            "choices": LABEL_MODES,
+        },
+    )
+    hard_threshold: float = field(
+        default=0.0, metadata={"help": "Labels above it count as right in label mode 'hard'."}
+    )
+    label_weighting: str = field(
+        default="none",
+        metadata={
+            "help": "'none' weighs all labels alike, 'num_judged' by the number of judged rollouts behind them.",
+            "choices": LABEL_WEIGHTINGS,
+        },
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        super().__post_init__()
+        # Without an accelerator there is nothing to pin memory for, and torch warns at each epoch
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
+        if self.label_mode not in LABEL_MODES:
+            raise ValueError(f"label_mode = {self.label_mode!r}: must be one of {', '.join(LABEL_MODES)}")
+        if self.label_weighting not in LABEL_WEIGHTINGS:
+            raise ValueError(
+                f"label_weighting = {self.label_weighting!r}: must be one of {', '.join(LABEL_WEIGHTINGS)}"
+            )
+        if not 0 <= self.hard_threshold < 1:
+            raise ValueError(f"hard_threshold = {self.hard_threshold}: must be at least 0 and below 1")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length = {self.max_length}: must be positive, or None to cut nothing")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns = True: must be False, the collator reads the rows as they are")

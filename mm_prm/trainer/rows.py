@@ -1,0 +1,195 @@
+"""The rows that a trainer reads: checked one by one before training, and left out where they teach nothing."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.compute
+from PIL import Image
+from transformers.utils import logging
+
+from ..data.features import RowError
+from ..data.text import IMAGE_MARKER
+from ..models import ProcessRewardProcessor
+
+logger = logging.get_logger(__name__)
+
+_COLUMNS = ("prompt", "completions", "labels")
+_READ_AT_ONCE = 1000
+
+
+class RowView:
+    """
+    The rows of a dataset that a trainer uses, each with its number in the whole dataset as `row_index`.
+
+    Args:
+        rows (`datasets.Dataset` or `Sequence[Mapping[str, Any]]`):
+            The whole dataset.
+        indices (`Sequence[int]`):
+            Numbers of the rows to use.
+    """
+
+    def __init__(self, rows: datasets.Dataset | Sequence[Mapping[str, Any]], indices: Sequence[int]):
+        self.rows = rows
+        self.indices = list(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        # Reading a batch at once is several times faster for Arrow tables
+        numbers = [self.indices[index] for index in indices]
+        if isinstance(self.rows, datasets.Dataset):
+            rows = self.rows.__getitems__(numbers)
+        else:
+            rows = [dict(self.rows[number]) for number in numbers]
+        return [{**row, "row_index": number} for row, number in zip(rows, numbers, strict=True)]
+
+
+def prepare_rows(
+    rows: datasets.Dataset | Sequence[Mapping[str, Any]],
+    processor: ProcessRewardProcessor,
+    *,
+    max_length: int | None = None,
+    needs_num_judged: bool = False,
+) -> RowView:
+    """
+    Checks every row and leaves out those without a label, and those that have none left within `max_length`.
+
+    Args:
+        rows (`datasets.Dataset` or `Sequence[Mapping[str, Any]]`):
+            Rows with `prompt`, `completions`, `labels` and, for problems with pictures, `images`.
+        processor ([`ProcessRewardProcessor`]):
+            Processor that measures rows.
+        max_length (`int`, *optional*):
+            Longest sequence in tokens.
+        needs_num_judged (`bool`, *optional*, defaults to `False`):
+            Whether each label must have its number of judged rollouts.
+
+    Raises:
+        [`RowError`]: At the first bad row, naming row, field, value and what to do.
+    """
+    if isinstance(rows, datasets.IterableDataset) or not hasattr(rows, "__len__"):
+        raise TypeError(
+            f"the dataset is a {type(rows).__name__}; rows are checked before training, so it must be a datasets.Dataset "
+            "or a list of rows"
+        )
+    image_counts = list(_image_counts(rows))
+    labelled, measured = [], []
+    for index, row in enumerate(_rows_without_images(rows)):
+        _check_row(index, row, image_counts[index], needs_num_judged)
+        first = next((step for step, label in enumerate(row["labels"]) if label is not None), None)
+        if first is not None:
+            labelled.append(index)
+            measured.append(first)
+    _report(len(rows) - len(labelled), len(rows), "have no label")
+    fitting = labelled
+    if max_length is not None:
+        view = RowView(rows, labelled)
+        fitting = [
+            labelled[number]
+            for number, first in enumerate(measured)
+            if _num_tokens(processor, view[number], first) <= max_length
+        ]
+        _report(len(labelled) - len(fitting), len(rows), f"have no label within max_length = {max_length} tokens")
+    if not fitting:
+        raise ValueError(f"none of the {len(rows)} rows has a label to train on or to compare with")
+    return RowView(rows, fitting)
+
+
+def to_problem(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The problem of a row, as the processor reads it."""
+    return {"id": row.get("problem_id"), "question": row["prompt"], "images": row.get("images") or []}
+
+
+def _num_tokens(processor: ProcessRewardProcessor, row: Mapping[str, Any], last_step: int) -> int:
+    return processor.num_tokens(to_problem(row), row["completions"][: last_step + 1])
+
+
+def _report(dropped: int, total: int, reason: str) -> None:
+    if dropped:
+        logger.warning(f"{dropped} of {total} rows {reason} and are left out")
+
+
+def _rows_without_images(rows: datasets.Dataset | Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    if isinstance(rows, datasets.Dataset):
+        columns = [column for column in rows.column_names if column != "images"]
+        yield from rows.select_columns(columns)
+    else:
+        yield from rows
+
+
+def _image_counts(rows: datasets.Dataset | Sequence[Mapping[str, Any]]) -> Iterator[int]:
+    """Number of images of each row, after checking that all are there. Nothing is decoded."""
+    if not isinstance(rows, datasets.Dataset):
+        for index, row in enumerate(rows):
+            images = row.get("images") or []
+            for number, image in enumerate(images):
+                if not isinstance(image, Image.Image):
+                    _check_image(index, number, image)
+            yield len(images)
+    elif "images" not in rows.column_names:
+        yield from [0] * len(rows)
+    else:
+        start = 0
+        for batch in rows.select_columns(["images"]).with_format("arrow").iter(batch_size=_READ_AT_ONCE):
+            column = batch["images"].combine_chunks()
+            counts = pyarrow.compute.fill_null(pyarrow.compute.list_value_length(column), 0).to_pylist()
+            images = column.flatten()
+            # The bytes themselves stay in Arrow
+            here = images.field("bytes").is_valid().to_pylist()
+            paths = images.field("path").to_pylist()
+            position = 0
+            for offset, count in enumerate(counts):
+                for number in range(count):
+                    if not here[position + number]:
+                        _check_image(start + offset, number, {"bytes": None, "path": paths[position + number]})
+                position += count
+            yield from counts
+            start += len(counts)
+
+
+def _check_image(index: int, number: int, image: Any) -> None:
+    field = f"images[{number}]"
+    if not isinstance(image, Mapping) or not (image.get("bytes") or image.get("path")):
+        raise RowError("training", f"row {index}", field, image, "the image is missing; give a PIL image or its file")
+    if not image.get("bytes") and not Path(image["path"]).is_file():
+        raise RowError("training", f"row {index}", field, image["path"], "there is no such file")
+
+
+def _check_row(index: int, row: Mapping[str, Any], num_images: int, needs_num_judged: bool) -> None:
+    def fail(field: str, value: Any, advice: str) -> None:
+        problem = row.get("problem_id")
+        raise RowError("training", f"row {index}" + (f" ({problem!r})" if problem else ""), field, value, advice)
+
+    for column in (*_COLUMNS, *(["num_judged"] if needs_num_judged else [])):
+        if column not in row:
+            fail(column, None, f"the dataset has no such column; it has {', '.join(row)}")
+    prompt, steps, labels = (row[column] for column in _COLUMNS)
+    if not isinstance(prompt, str) or not prompt.strip():
+        fail("prompt", prompt, "must be the question as text")
+    if prompt.count(IMAGE_MARKER) > num_images:
+        fail("prompt", prompt, f"has {prompt.count(IMAGE_MARKER)} image markers, but the row has {num_images} images")
+    if not isinstance(steps, list) or not steps:
+        fail("completions", steps, "must be a list of at least one step")
+    for number, step in enumerate(steps):
+        if not isinstance(step, str):
+            fail(f"completions[{number}]", step, "must be text")
+    if not isinstance(labels, list) or len(labels) != len(steps):
+        fail(
+            "labels", labels, f"must hold one label for each of the {len(steps)} completions, null where there is none"
+        )
+    for number, label in enumerate(labels):
+        if label is None:
+            continue
+        if not isinstance(label, (bool, int, float)) or math.isnan(label):
+            fail(f"labels[{number}]", label, "must be a number in [0, 1], true, false, or null for no label")
+        if not 0 <= label <= 1:
+            fail(f"labels[{number}]", label, "must be in [0, 1]")
+        if needs_num_judged and not (len(row["num_judged"] or []) == len(steps) and row["num_judged"][number]):
+            fail("num_judged", row["num_judged"], f"must hold a positive number for step {number}, which has a label")
