@@ -218,6 +218,12 @@ def test_every_estimate_lies_in_its_interval(metric):
     assert json.loads(json.dumps(results)) == results
 
 
+def test_rounding_keeps_a_constant_in_its_interval():
+    interval = bootstrap_interval([0.4] * 12)
+    assert interval["low"] <= interval["value"] <= interval["high"]
+    assert interval["high"] - interval["low"] < 1e-12
+
+
 def test_subset_sizes():
     assert [subset_sizes(n) for n in (1, 2, 3, 8, 12)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4, 8], [1, 2, 4, 8, 12]]
 

@@ -173,8 +173,10 @@ def bootstrap_means(values: np.ndarray, num_resamples: int = 2000, seed: int = 0
 
 def estimate(values: np.ndarray, means: np.ndarray, confidence: float = 0.95) -> dict[str, float]:
     """Mean of `values` with the percentile interval of its bootstrap `means`."""
+    value = float(np.mean(values))
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return {"value": float(np.mean(values)), "low": float(low), "high": float(high)}
+    # Rounding alone could put a value that all problems share outside of its own interval.
+    return {"value": value, "low": min(float(low), value), "high": max(float(high), value)}
 
 
 def difference(values: np.ndarray, means: np.ndarray, confidence: float = 0.95) -> dict[str, float]:
