@@ -69,7 +69,7 @@ def _draw(lines: list[CurveLine]) -> "Figure":
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
     from matplotlib.ticker import NullLocator, PercentFormatter
 
-    figure = Figure(figsize=(7.0, 4.4), layout="constrained")
+    figure = Figure(figsize=(6.0, 4.6), layout="constrained")
     axes = figure.subplots()
     for index, line in enumerate(lines):
         sizes = [n for n, _ in line.points]
@@ -95,5 +95,5 @@ def _draw(lines: list[CurveLine]) -> "Figure":
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["bottom", "left"]].set_color(_INK)
     axes.grid(axis="y", color=_INK, alpha=0.12)
-    axes.legend(frameon=False, labelcolor=_INK, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=_INK)
     return figure

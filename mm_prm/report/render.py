@@ -81,9 +81,7 @@ def render_report(
     if missing:
         raise ValueError(f"problem {min(missing)!r} of a pool or tree is not among the problems; give its row too")
     first = next(iter(results.values()))
-    groups: dict[str, list[SummaryRow]] = {}
-    for row in summary_rows(results, baselines):
-        groups.setdefault(row.verifier, []).append(row)
+    rows = summary_rows(results, baselines)
     environment = Environment(
         loader=PackageLoader("mm_prm.report", "."),
         autoescape=True,
@@ -95,7 +93,8 @@ def render_report(
     return environment.get_template("report.html.jinja").render(
         title=title,
         facts=facts or {},
-        groups=groups,
+        groups=_group_by_verifier(row for row in rows if row.aggregator in ("", aggregator)),
+        all_groups=_group_by_verifier(row for row in rows if row.verifier),
         curve=Markup(curve_svg(results, aggregator)),
         aggregator=aggregator,
         verifier=verifier,
@@ -105,6 +104,13 @@ def render_report(
         problems=[_problem_view(by_id[pool["problem_id"]]) | _pool_view(pool, aggregator) for pool in shown_pools],
         trees=[_problem_view(by_id[tree["problem_id"]]) | {"tree": _tree_view(tree)} for tree in trees],
     )
+
+
+def _group_by_verifier(rows: Iterable[SummaryRow]) -> dict[str, list[SummaryRow]]:
+    groups: dict[str, list[SummaryRow]] = {}
+    for row in rows:
+        groups.setdefault(row.verifier, []).append(row)
+    return groups
 
 
 def _problem_view(problem: Row) -> dict[str, Any]:

@@ -27,7 +27,9 @@ class SummaryRow:
         verifier (`str`):
             Name of the process reward model, `""` for a baseline.
         method (`str`):
-            What is done with it, or the baseline's name.
+            `"Best-of-N"`, `"weighted vote"`, or the baseline's name.
+        aggregator (`str`):
+            How step scores became one number, `""` for a baseline.
         accuracy (`dict`):
             `{"value", "low", "high"}`.
         minus_pass_at_1 (`dict`, *optional*):
@@ -38,6 +40,7 @@ class SummaryRow:
 
     verifier: str
     method: str
+    aggregator: str
     accuracy: Mapping[str, float]
     minus_pass_at_1: Mapping[str, float] | None = None
     minus_majority: Mapping[str, float] | None = None
@@ -58,19 +61,17 @@ def summary_rows(results: Results, baselines: Mapping[str, Mapping[str, float]] 
         `list[SummaryRow]`
     """
     first = next(iter(results.values()))
-    rows = [_row("", title, first[key]) for key, title in BASELINES.items() if key in first and key != "oracle"]
-    rows[1:1] = [_row("", name, estimate) for name, estimate in (baselines or {}).items()]
+    rows = [_row("", title, "", first[key]) for key, title in BASELINES.items() if key in first and key != "oracle"]
+    rows[1:1] = [_row("", name, "", estimate) for name, estimate in (baselines or {}).items()]
     for verifier, result in results.items():
-        rows += [_row(verifier, f"Best-of-N, {name}", entry) for name, entry in result["best_of_n"].items()]
-        rows += [
-            _row(verifier, f"weighted vote, {name}", entry) for name, entry in result["weighted_majority"].items()
-        ]
-    return [*rows, _row("", BASELINES["oracle"], first["oracle"])]
+        rows += [_row(verifier, "Best-of-N", name, entry) for name, entry in result["best_of_n"].items()]
+        rows += [_row(verifier, "weighted vote", name, entry) for name, entry in result["weighted_majority"].items()]
+    return [*rows, _row("", BASELINES["oracle"], "", first["oracle"])]
 
 
-def _row(verifier: str, method: str, entry: Mapping[str, Any]) -> SummaryRow:
+def _row(verifier: str, method: str, aggregator: str, entry: Mapping[str, Any]) -> SummaryRow:
     accuracy = {key: entry[key] for key in ("value", "low", "high")}
-    return SummaryRow(verifier, method, accuracy, entry.get("minus_pass@1"), entry.get("minus_majority"))
+    return SummaryRow(verifier, method, aggregator, accuracy, entry.get("minus_pass@1"), entry.get("minus_majority"))
 
 
 @dataclass(frozen=True)

@@ -200,6 +200,15 @@ def test_order_of_problems_does_not_matter(metric):
     assert_contains(metric.compute(**permuted), metric.compute(**columns))
 
 
+def test_baselines_have_one_interval_beside_every_verifier(metric):
+    columns = random_columns()
+    reverse = [[[1 - score for score in steps] for steps in problem] for problem in columns["step_scores"]]
+    results, other = metric.compute(**columns), metric.compute(**(columns | {"step_scores": reverse}))
+    assert results["best_of_n"]["min"] != other["best_of_n"]["min"]
+    for baseline in ("pass@1", "uninformative", "majority", "oracle"):
+        assert results[baseline] == other[baseline]
+
+
 def test_results_depend_on_the_seed_only(metric):
     columns = random_columns()
     assert metric.compute(**columns) == metric.compute(**columns)

@@ -184,7 +184,8 @@ def test_a_deep_tree_is_no_trouble(results, problems):
 
 def test_table_and_curve_have_every_method(html, results):
     page = Page(html)
-    assert page.count("tr") == 1 + len(summary_rows(results)) + 1 + 3  # head, rows, greedy, one heading a group
+    # head, 5 baselines, 2 methods of 2 models, 3 headings; unfolded: head, 13 methods of 2 models, 2 headings
+    assert page.count("tr") == 1 + 5 + 4 + 3 + 1 + 26 + 2
     assert page.count("svg") == 1 and "currentColor" in html and "#010203" not in html
     for name in ("oracle", "majority vote", "mean pass@1", "prm_before (min)"):
         assert name in page.text
@@ -195,6 +196,7 @@ def test_summary_order_and_paired_differences(results):
     rows = summary_rows(results, {"greedy": {"value": 0.4, "low": 0.3, "high": 0.5}})
     assert [row.method for row in rows[:4]] == ["mean pass@1", "greedy", "majority vote", "uninformative verifier"]
     assert rows[-1].method == "oracle"
+    assert (rows[4].method, rows[4].aggregator, rows[-2].method) == ("Best-of-N", "min", "weighted vote")
     assert [row.verifier for row in rows[4:-1]] == ["prm_before"] * 13 + ["prm_after <b>"] * 13
     assert rows[2].minus_majority is None and rows[4].minus_majority["p_value"] <= 1
 

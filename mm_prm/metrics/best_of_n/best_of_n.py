@@ -194,6 +194,9 @@ class BestOfN(evaluate.Metric):
         ]
         if not pools:
             raise ValueError("best_of_n: there are no problems; give at least one in `correct`")
+        # An order of their own: resamples then depend neither on how the problems come nor, for equal candidates, on the
+        # scores, so that baselines have the same interval beside every verifier.
+        pools.sort(key=_Pool.order)
         with_scores, with_answers = any(map(_Pool.is_scored, pools)), any(pool.answers for pool in pools)
         num_candidates = max(len(pool.correct) for pool in pools)
         sizes = subset_sizes(num_candidates)
@@ -287,6 +290,9 @@ class _Pool:
             self.texts = [answer or None for answer in answers]
         else:
             self.texts = list(range(len(correct)))
+
+    def order(self) -> str:
+        return repr((self.correct, self.answers, self.texts, self.step_scores))
 
     def is_scored(self) -> bool:
         return any(self.step_scores)

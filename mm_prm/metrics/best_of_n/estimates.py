@@ -148,7 +148,7 @@ def bootstrap_means(values: np.ndarray, num_resamples: int = 2000, seed: int = 0
 
     Args:
         values (`np.ndarray`):
-            (problems, methods) accuracies of single problems.
+            (problems, methods) accuracies of single problems. Their order says which problems a resample draws.
         num_resamples (`int`, *optional*, defaults to `2000`):
             Number of resamples.
         seed (`int`, *optional*, defaults to `0`):
@@ -158,7 +158,6 @@ def bootstrap_means(values: np.ndarray, num_resamples: int = 2000, seed: int = 0
         `np.ndarray` of shape (resamples, methods).
     """
     values = np.asarray(values, dtype=float)
-    values = values[np.lexsort(values.T)]  # the order in which problems come must not matter
     total = len(values)
     generator = np.random.default_rng(seed)
     block = max(1, 4_000_000 // total)  # bounds the memory at any number of problems
