@@ -66,9 +66,9 @@ class OmegaPRM:
        of the final steps. (The ancestor adds each right rollout as a node of value 1, and the rest of a rollout whose
        last step is the wrong one as a node of value 0. Its trees come out with those nodes, of one verdict each.)
 
-    Two things that facts about the ancestor call slow change no tree: the sum of visits is kept, not counted, and the
-    pool is a heap in which each node stands once, by its best rollout, among the nodes of equal visits; U is the same
-    for all of these, so nothing is ever pushed again.
+    Selection costs the same at any size of the tree, and changes none: each search visits one node, so the sum of
+    visits is the number of searches, and among nodes of equal visits U is equal, so that each stands once in a heap of
+    these nodes, by the Q of its best rollout.
 
     Args:
         problem_id (`str`):

@@ -4,6 +4,7 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import HfArgumentParser
 
 from mm_prm.annotation import AnnotationConfig, FlatRollouts, OmegaPRM, Rollout
 from mm_prm.data.features import validate_row
@@ -315,3 +316,9 @@ def test_two_thousand_searches_in_one_tree_take_under_two_seconds():
 def test_impossible_settings_are_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         AnnotationConfig(**wrong)
+
+
+def test_settings_are_read_from_the_command_line():
+    arguments = ["--strategy", "flat", "--num_rollouts", "8", "--ancestor_compatible", "true", "--c_puct", "0.5"]
+    (config,) = HfArgumentParser(AnnotationConfig).parse_args_into_dataclasses(arguments)
+    assert config == AnnotationConfig(strategy="flat", num_rollouts=8, ancestor_compatible=True, c_puct=0.5)
