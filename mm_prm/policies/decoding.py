@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 
 from .sampling import choose_tokens, uniform_noise
 
@@ -78,7 +77,7 @@ class _State:
 
 
 def decode(
-    model: PreTrainedModel,
+    model: Any,
     inputs: dict[str, torch.Tensor],
     prefixes: Sequence[tuple[int, Sequence[int]]],
     rows: Sequence[tuple[int, int]],

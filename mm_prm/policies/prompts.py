@@ -10,7 +10,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -71,8 +71,10 @@ class PromptBuilder:
             How the policy writes its steps, see [`parse_steps`].
     """
 
+    processor: Any  # what a processor has beyond the shared class differs between models
+
     def __init__(self, processor: ProcessorMixin | PreTrainedTokenizerBase, step_format: StepFormat = "paragraphs"):
-        self.processor: Any = processor  # what a processor has beyond the shared class differs between models
+        self.processor = cast(Any, processor)
         self.step_format = step_format
         self._reads_images = isinstance(processor, ProcessorMixin)
         self.tokenizer: PreTrainedTokenizerBase = self.processor.tokenizer if self._reads_images else self.processor

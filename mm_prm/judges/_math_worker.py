@@ -1,0 +1,59 @@
+"""
+The process in which math-verify runs: reads one JSON line [gold, answer], writes one JSON line back.
+
+It is started as a file, imports nothing of this package, and is killed when it takes too long: a LaTeX bomb can keep
+computer algebra busy, or eat all memory, in code that no signal and no thread can interrupt.
+"""
+
+import contextlib
+import json
+import logging
+import sys
+
+_MOST_MEMORY = 4 * 2**30
+
+
+def main() -> None:
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not every system can limit memory
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
+    replies = sys.stdout
+    sys.stdout = sys.stderr  # nothing but replies goes into the pipe
+    logging.disable(logging.WARNING)
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+    from sympy import Basic, MatrixBase
+
+    # Units were compared before; removed here, 40 cm and 40 m would be equal.
+    config = LatexExtractionConfig(
+        normalization_config=NormalizationConfig(
+            basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
+        )
+    )
+
+    def expressions(latex: str) -> list:
+        # The whole answer as one formula, never a part of it: "2" is not the answer "12 or 2".
+        found = parse(f"${latex}$", [config], fallback_mode="no_fallback", parsing_timeout=None)
+        return [item for item in found if isinstance(item, Basic | MatrixBase)]
+
+    def compare(gold_latex: str, answer_latex: str) -> str:
+        gold = expressions(gold_latex)
+        if not gold:
+            return "gold"
+        answer = expressions(answer_latex)
+        if not answer:
+            return "answer"
+        return "equal" if verify(gold, answer, timeout_seconds=None) else "different"
+
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        try:
+            outcome = compare(*json.loads(line))
+        except (Exception, RecursionError, MemoryError) as error:  # sympy raises anything
+            outcome = f"error: {type(error).__name__}"
+        print(json.dumps(outcome), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()

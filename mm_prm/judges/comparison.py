@@ -1,0 +1,287 @@
+"""
+Whether two final answers are the same: true, false, or not known.
+
+From cheap to dear: the same text, the same quantity, lists part by part, and last a formula through math-verify. What
+none of them understands is not known; it never becomes false.
+"""
+
+import re
+from collections.abc import Callable
+
+from .math_process import MathOutcome
+from .quantities import Quantity, compact, equal_quantities, normalize, parse_quantity
+
+# Compares two LaTeX formulas.
+CompareFormulas = Callable[[str, str], MathOutcome]
+
+# Computer algebra is not asked about more than this: an answer is short.
+_MOST_CHARACTERS = 400
+_MOST_NESTING = 12
+
+_FUNCTIONS = {
+    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "log", "exp", "sqrt", "frac", "lim", "max",
+    "min", "mod", "and",
+}  # fmt: skip
+_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
+_REFUSAL = re.compile(
+    r"\b(?:no answer|none of|not among|no (?:correct|valid) |cannot be determined|there is an error|(?:is|are) incorrect|"
+    r"do(?:es)? not match|not enough information)",
+    re.IGNORECASE,
+)
+_OPPOSITES = (
+    {"yes", "no"},
+    {"true", "false"},
+    {"<", ">", "="},
+    {"increasing", "decreasing"},
+    {"increase", "decrease"},
+)
+_BRACKETS = {"(": ")", "[": "]", "\\{": "\\}"}
+_BRACKET_PARTS = {*_BRACKETS, *_BRACKETS.values()}
+_LABEL = re.compile(r"\((\d)\)\s*")
+_RATIO = re.compile(r"\s*:\s*")
+# Computer algebra would multiply them: "(3)(4)" is not 12.
+_JUXTAPOSED = re.compile(r"\d\s+-?\d|\(\d+\)\s*\(?\d")
+_CHAIN = re.compile(r"\s*([<>])\s*")
+_ALTERNATIVES = re.compile(r"\s*,?\s+or\s+|\s*,\s*or\s+")
+_LATEX = (
+    (re.compile(r"√\s*\{"), r"\\sqrt{"),
+    (re.compile(r"√\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
+    (re.compile(r"√\s*(\d+|[a-zA-Z])"), r"\\sqrt{\1}"),
+    (re.compile(r"×"), r"\\times "),
+    (re.compile(r"·|(?<=[\w)])\s*\*\s*(?=[\w(\\])"), r"\\cdot "),
+    (re.compile(r"∞"), r"\\infty "),
+    (re.compile(r"∠"), r"\\angle "),
+    (re.compile(r"°"), r""),
+    (re.compile(r"%"), r"\\%"),
+)
+_GREEK = {
+    letter: f"\\{name} "
+    for letter, name in zip(
+        "αβγδθλμρσφω",
+        ["alpha", "beta", "gamma", "delta", "theta", "lambda", "mu", "rho", "sigma", "phi", "omega"],
+        strict=True,
+    )
+}
+
+
+def equal_answers(gold: str, answer: str, compare_formulas: CompareFormulas) -> tuple[bool | None, str]:
+    """
+    Compares two answers.
+
+    Args:
+        gold (`str`):
+            The gold answer.
+        answer (`str`):
+            The other answer.
+        compare_formulas (`Callable`):
+            What compares two formulas, see [`MathProcess`].
+
+    Returns:
+        `tuple` of whether they are equal, `None` if that is not known, and the reason in a few words.
+    """
+    if not compact(gold) or not compact(answer):
+        return None, "nothing to compare"
+    if compact(gold) == compact(answer):
+        return True, "same text"
+    gold_text, answer_text = normalize(gold), normalize(answer)
+    gold_quantity, quantity = parse_quantity(gold), parse_quantity(answer)
+    if gold_quantity is not None and quantity is not None:
+        equal = equal_quantities(gold_quantity, quantity)
+        return equal, "different units" if equal is None else "compared as numbers"
+    if {gold_text.casefold(), answer_text.casefold()} <= next(
+        (group for group in _OPPOSITES if gold_text.casefold() in group), set()
+    ):
+        return False, "opposite"
+    verdict = _compare_prose(gold_text, answer_text, gold_quantity)
+    if verdict is not None:
+        return verdict
+    verdict = _compare_structure(gold, answer, gold_text, answer_text, compare_formulas)
+    if verdict is not None:
+        return verdict
+    return _compare_as_formulas(gold_text, answer_text, compare_formulas)
+
+
+def is_prose(text: str) -> bool:
+    """Whether a text has words in it that no formula has."""
+    return any(word.casefold() not in _FUNCTIONS and not word.isupper() for word in _WORD.findall(text))
+
+
+def _compare_prose(gold: str, answer: str, gold_quantity: Quantity | None) -> tuple[bool | None, str] | None:
+    if not is_prose(answer) and not is_prose(gold):
+        return None
+    if is_prose(answer) and not is_prose(gold):
+        if _REFUSAL.search(answer):
+            return False, "no answer is given"
+        numbers = re.findall(r"\d+(?:\.\d+)?", answer)
+        if not numbers and re.search(r"\d", gold):
+            return False, "a number is wanted"
+        if gold_quantity is not None and not any(parse_quantity(number) == gold_quantity for number in numbers):
+            plain = abs(gold_quantity.value)
+            if all((read := parse_quantity(number)) is None or read.value != plain for number in numbers):
+                return False, "the number is not in the answer"
+    return None, "text that rules cannot compare"
+
+
+def _compare_structure(
+    gold: str, answer: str, gold_text: str, answer_text: str, compare_formulas: CompareFormulas
+) -> tuple[bool | None, str] | None:
+    """Ratios, chains of comparisons, and answers of several parts; `None` if the gold answer is none of these."""
+    ratios = [_ratio(gold_text), _ratio(answer_text)]
+    if ratios[0] is not None and ratios[1] is not None:
+        return ratios[0] == ratios[1], "compared as ratios"
+    chains = [_chain(gold_text), _chain(answer_text)]
+    if chains[0] is not None and chains[1] is not None and max(map(len, filter(None, chains))) > 2:
+        return chains[0] == chains[1], "compared as chains"
+    gold_alternatives = _ALTERNATIVES.split(gold_text)
+    if len(gold_alternatives) > 1:
+        return _compare_alternatives(gold_alternatives, _split_parts(answer, orderless=True), compare_formulas)
+    serials = [_serial_numbers(gold_text), _serial_numbers(answer_text)]
+    if serials[0] is not None and serials[1] is not None:
+        if sorted(serials[0]) != sorted(serials[1]):
+            return False, "compared as serial numbers"
+        return (True if serials[0] == serials[1] else None), "serial numbers, perhaps in another order"
+    if serials[0] is not None:
+        return False if parse_quantity(answer) is not None else None, "serial numbers are wanted"
+    gold_parts, parts = _split_parts(gold), _split_parts(answer)
+    if len(gold_parts) == 1 and len(parts) == 1:
+        return None
+    if len(gold_parts) != len(parts):
+        # What is not plain may be said in another way: "x = 2, y = 3" for "(2, 3)".
+        plain = all(part in _BRACKET_PARTS or parse_quantity(part) is not None for part in [*gold_parts, *parts])
+        return (False if plain else None), "another number of parts"
+    return _compare_parts(gold_parts, parts, compare_formulas)
+
+
+def _serial_numbers(text: str) -> list[str] | None:
+    """Numbers of statements: "(1)(3)(4)", "1.3.4"."""
+    if re.fullmatch(r"(?:\(\d{1,2}\)[\s,.;]*){2,}", text) or re.fullmatch(r"\d(?:\.\d){2,}", text):
+        return re.findall(r"\d+", text)
+    return None
+
+
+def _compare_parts(gold: list[str], answer: list[str], compare_formulas: CompareFormulas) -> tuple[bool | None, str]:
+    unknown = ""
+    for number, (gold_part, part) in enumerate(zip(gold, answer, strict=True), start=1):
+        equal, reason = equal_answers(gold_part, part, compare_formulas)
+        if equal is False:
+            return False, f"part {number}: {reason}"
+        if equal is None:
+            unknown = unknown or f"part {number}: {reason}"
+    return (None, unknown) if unknown else (True, "equal part by part")
+
+
+def _compare_alternatives(
+    gold: list[str], answer: list[str], compare_formulas: CompareFormulas
+) -> tuple[bool | None, str]:
+    """Alternatives have no order: each has to have its equal on the other side."""
+    gold = [part for alternative in gold for part in _split_parts(alternative)]
+    if len(gold) != len(answer):
+        return False, "another number of alternatives"
+    left = list(answer)
+    for part in gold:
+        verdicts = [equal_answers(part, other, compare_formulas)[0] for other in left]
+        if True in verdicts:
+            left.pop(verdicts.index(True))
+        else:
+            return (None if None in verdicts else False), "compared as alternatives"
+    return True, "compared as alternatives"
+
+
+def _split_parts(text: str, orderless: bool = False) -> list[str]:
+    """Parts of an answer: lines, and what commas, semicolons and "and" separate outside of brackets."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip(" $")]
+    labelled = _LABEL.split(" ".join(lines))
+    if labelled[1::2] == [str(number) for number in range(1, len(labelled) // 2 + 1)] and not labelled[0].strip():
+        contents = [content.strip() for content in labelled[2::2]]
+        if len(contents) > 1 and all(contents):
+            return contents
+    if len(lines) > 1:
+        return lines
+    text = normalize(text)
+    if orderless:
+        text = _ALTERNATIVES.sub(", ", text)
+    opening = next((bracket for bracket in _BRACKETS if text.startswith(bracket)), None)
+    parts = _split_outside_brackets(text)
+    if opening and len(parts) == 1 and text.endswith(_BRACKETS[opening]):
+        inner = _split_outside_brackets(text[len(opening) : -len(_BRACKETS[opening])])
+        # The brackets are kept as parts: (1, 2) is no [1, 2].
+        return [opening, *inner, _BRACKETS[opening]] if len(inner) > 1 else [text]
+    if len(parts) == 1 and re.fullmatch(r"-?\d+(?:\.\d+)?(?:\s+-?\d+(?:\.\d+)?)+", text):
+        return text.split()
+    return parts
+
+
+def _split_outside_brackets(text: str) -> list[str]:
+    parts, depth, start, index = [], 0, 0, 0
+    while index < len(text):
+        if text[index] in "([{":
+            depth += 1
+        elif text[index] in ")]}":
+            depth -= 1
+        elif depth == 0:
+            separator = re.compile(r"[,;]|\band\b").match(text, index)
+            if separator:
+                parts.append(text[start:index])
+                start = separator.end()
+                index = start - 1
+        index += 1
+    parts.append(text[start:])
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _ratio(text: str) -> tuple | None:
+    terms = _RATIO.split(text)
+    if not 2 <= len(terms) <= 4:
+        return None
+    quantities = [parse_quantity(term) for term in terms]
+    values = [quantity.value for quantity in quantities if quantity is not None]
+    if len(values) != len(terms) or values[-1] == 0:
+        return None
+    return tuple(value / values[-1] for value in values)
+
+
+def _chain(text: str) -> list[str] | None:
+    """Terms of "a < b < c" in rising order."""
+    pieces = _CHAIN.split(text)
+    signs = set(pieces[1::2])
+    if len(signs) != 1:
+        return None
+    terms = [compact(term) for term in pieces[::2]]
+    return terms if signs == {"<"} else terms[::-1]
+
+
+def _compare_as_formulas(gold: str, answer: str, compare_formulas: CompareFormulas) -> tuple[bool | None, str]:
+    # What an answer is assigned to is not part of it: "AM = 5" for "5". An equation is one where the gold answer is.
+    if "=" in answer and "=" not in gold:
+        value = re.split(r"=|≈|\\approx", answer)[-1].strip()
+        if value:
+            return equal_answers(gold, value, compare_formulas)
+    if "=" in gold and "=" not in answer and re.match(r"\s*(?:[a-zA-Z]{1,2}|\\?angle\s*\w+|∠\w+)\s*=[^=]*\Z", gold):
+        return equal_answers(gold.split("=")[1], answer, compare_formulas)
+    for text in (gold, answer):
+        if len(text) > _MOST_CHARACTERS or _nesting(text) > _MOST_NESTING or is_prose(text):
+            return None, "no formula that rules can read"
+        if _JUXTAPOSED.search(text):
+            return None, "several numbers side by side"
+    outcome = compare_formulas(_as_latex(gold), _as_latex(answer))
+    if outcome == "equal":
+        return True, "equal formulas"
+    if outcome == "different":
+        return False, "different formulas"
+    return None, {"timeout": "time limit", "gold": "the gold answer is no formula", "answer": "no formula"}.get(
+        outcome, "math-verify failed"
+    )
+
+
+def _nesting(text: str) -> int:
+    depth = deepest = 0
+    for character in text:
+        depth += {"{": 1, "(": 1, "[": 1, "}": -1, ")": -1, "]": -1}.get(character, 0)
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _as_latex(text: str) -> str:
+    for pattern, replacement in _LATEX:
+        text = pattern.sub(replacement, text)
+    return "".join(_GREEK.get(character, character) for character in text)

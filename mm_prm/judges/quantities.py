@@ -1,0 +1,310 @@
+"""
+Answers as text, numbers and quantities: everything about an answer that needs no computer algebra.
+
+[`normalize`] removes differences of typesetting and none of meaning. [`parse_quantity`] reads a plain number with its
+unit. Both are pure and cheap: they decide nearly all answers of a data set of plain numbers and choices.
+"""
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
+_SUPERSCRIPT = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
+_CIRCLED = re.compile(r"[①-⑳]")
+_VULGAR = re.compile(r"(\d?)\s*([¼½¾⅐-⅞])")
+_WRAPPER = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf|cal|bb)?|boldsymbol|bm|mbox|operatorname|number|unit|si)\s*"
+    r"\{([^{}]*)\}"
+)
+_QUANTITY_MACRO = re.compile(r"\\(?:quantity|qty|SI)\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_REPLACEMENTS = (
+    (re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])"), ""),
+    (re.compile(r"\\[dt]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\(?:[,;:!\s]|quad(?![a-zA-Z])|qquad(?![a-zA-Z])|displaystyle(?![a-zA-Z]))|~"), " "),
+    (re.compile(r"\\math(?:rm|bf|it)(?![a-zA-Z])\s*"), ""),
+    (re.compile(r"\\(?:[()\[\]]|boxed)|\$"), " "),
+    (re.compile(r"\{\s*,\s*\}"), ","),
+    (re.compile(r"\s*(?:\{\s*\})?\s*\^\s*\{?\s*\\circ\s*\}?|\s*(?:\*\s*)?\\degree(?![a-zA-Z])|º|˚"), "°"),
+    (re.compile(r"\s*\bdegrees?\b", re.IGNORECASE), "°"),
+    (re.compile(r"\\%"), "%"),
+    (re.compile(r"[−–—]"), "-"),
+    (re.compile(r"[×✕]|\\times(?![a-zA-Z])"), "×"),
+    (re.compile(r"[·⋅]|\\cdot(?![a-zA-Z])"), "·"),
+    (re.compile(r"÷|\\div(?![a-zA-Z])"), "/"),
+    (re.compile(r"π|\\pi(?![a-zA-Z])"), r"\\pi "),
+    (re.compile(r"≤|\\leq?(?![a-zA-Z])"), r"\\le "),
+    (re.compile(r"≥|\\geq?(?![a-zA-Z])"), r"\\ge "),
+    (re.compile(r"、"), ","),
+    (re.compile(r"。"), "."),
+    (re.compile(r"[‘’′]"), "'"),
+)
+_THOUSANDS = re.compile(r"(?<![\d.,(\[])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
+
+_NUMBER_WORDS = {
+    word: number
+    for number, word in enumerate(
+        [
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+            "thirteen",
+            "fourteen",
+            "fifteen",
+            "sixteen",
+            "seventeen",
+            "eighteen",
+            "nineteen",
+            "twenty",
+        ]
+    )
+}
+
+# Units by kind and size; a unit that is not here is compared by its name.
+_UNITS: dict[str, tuple[str, Fraction]] = {
+    name: (kind, Fraction(size))
+    for kind, sizes in {
+        "length": {
+            "1/1000": "mm millimeter millimeters millimetre millimetres",
+            "1/100": "cm centimeter centimeters centimetre centimetres",
+            "1/10": "dm decimeter decimeters decimetre decimetres",
+            "1": "m meter meters metre metres",
+            "1000": "km kilometer kilometers kilometre kilometres",
+        },
+        "mass": {
+            "1/1000000": "mg milligram milligrams",
+            "1/1000": "g gram grams",
+            "1": "kg kilogram kilograms",
+            "1000": "t ton tons tonne tonnes",
+        },
+        "volume": {"1/1000": "ml milliliter milliliters millilitre millilitres", "1": "l liter liters litre litres"},
+        "time": {
+            "1": "s sec second seconds",
+            "60": "min mins minute minutes",
+            "3600": "h hr hrs hour hours",
+            "86400": "day days",
+        },
+        "angle": {"1": "°"},
+        "share": {"1/100": "% percent"},
+    }.items()
+    for size, names in sizes.items()
+    for name in names.split()
+}
+
+_INTEGER = r"\d+"
+_DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
+_SIGN = r"[-+]?\s*"
+_FRACTION = re.compile(
+    rf"({_SIGN})(?:({_INTEGER})\s*)?\\frac\s*(?:\{{\s*({_SIGN}{_INTEGER})\s*\}}|(\d))\s*(?:\{{\s*({_INTEGER})\s*\}}|(\d))"
+)
+_SLASH = re.compile(rf"({_SIGN})(?:({_INTEGER})\s+)?({_INTEGER})\s*/\s*({_INTEGER})")
+_SCIENTIFIC = re.compile(
+    rf"({_SIGN}{_DECIMAL})\s*(?:[×*·x]\s*10\s*\^\s*\{{?\s*({_SIGN}\d{{1,3}})\s*\}}?|e({_SIGN}\d{{1,3}}))"
+)
+_PLAIN = re.compile(rf"{_SIGN}{_DECIMAL}")
+_UNIT = re.compile(
+    r"%|°|(?:square|cubic|sq\.?|cu\.?)?\s*[a-zA-Z\u4e00-\u9fff]+(?:\s*/\s*[a-zA-Z]+)?\s*(?:\^\s*\{?\s*[23]\s*\}?)?(?:\s+[a-zA-Z]+){0,2}"
+)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """
+    A plain number with its unit.
+
+    Args:
+        value (`fractions.Fraction`):
+            The number as written.
+        unit (`str`):
+            The unit as written, without spaces; empty if there is none.
+        decimals (`int`, *optional*, defaults to `0`):
+            Number of digits after the point, 0 for anything but a decimal number.
+        may_be_term (`bool`, *optional*, defaults to `False`):
+            Whether the unit may as well be a variable, as in "5m".
+    """
+
+    value: Fraction
+    unit: str
+    decimals: int = 0
+    may_be_term: bool = False
+
+
+@lru_cache(maxsize=65536)
+def normalize(text: str) -> str:
+    """
+    Writes an answer in one way: without dollars, sizes of brackets and spaces of LaTeX, `\\dfrac`, full-width
+    characters, thousands separators and a final full stop. Spaces are collapsed, not removed.
+    """
+    text = " ".join(text.split())
+    text = _SUPERSCRIPT.sub(lambda match: "^{" + match[0].translate(_SUPERSCRIPTS) + "}", text)
+    text = _CIRCLED.sub(lambda match: f"({int(unicodedata.numeric(match[0]))})", text)
+    text = _VULGAR.sub(_vulgar_fraction, text)
+    text = unicodedata.normalize("NFKC", text)
+    text = _QUANTITY_MACRO.sub(r"\1 \2", text)
+    for _ in range(4):  # wrappers may be nested
+        text, count = _WRAPPER.subn(r" \1 ", text)
+        if not count:
+            break
+    for pattern, replacement in _REPLACEMENTS:
+        text = pattern.sub(replacement, text)
+    text = _close_braces(text)
+    text = " ".join(text.split())
+    text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+    text = re.sub(r"(?<=.)[\s.;,]+\Z", "", text)
+    # A pair of braces around everything is typesetting too.
+    while text.startswith("{") and text.endswith("}") and _closes_at(text) == len(text) - 1:
+        text = text[1:-1].strip()
+    return text
+
+
+def _vulgar_fraction(match: re.Match[str]) -> str:
+    numerator, denominator = unicodedata.normalize("NFKC", match[2]).split("⁄")
+    return f"{match[1]} {numerator}/{denominator}"
+
+
+def _closes_at(text: str) -> int:
+    depth = 0
+    for index, character in enumerate(text):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0:
+            return index
+    return -1
+
+
+def _close_braces(text: str) -> str:
+    """Extraction by others often cuts at the first closing brace: `135^{\\circ`."""
+    missing = text.count("{") - text.count("}")
+    return text + "}" * missing if 0 < missing <= 2 else text
+
+
+def compact(text: str) -> str:
+    """Normalised text without spaces, in lower case where case says nothing."""
+    text = re.sub(r"\s+", "", normalize(text))
+    return text if len(text) == 1 else text.casefold()
+
+
+@lru_cache(maxsize=65536)
+def parse_quantity(text: str) -> Quantity | None:
+    """
+    Reads a plain number with its unit: integer, decimal, fraction, mixed number, scientific notation, percentage.
+
+    Args:
+        text (`str`):
+            An answer. It has to be the number and its unit and nothing else.
+
+    Returns:
+        [`Quantity`], or `None` if it is not that.
+    """
+    text = normalize(text)
+    word = _NUMBER_WORDS.get(text.casefold())
+    if word is not None:
+        return Quantity(Fraction(word), "")
+    if len(text) > 100:
+        return None
+    for pattern, value_of in ((_FRACTION, _fraction), (_SLASH, _slash), (_SCIENTIFIC, _scientific), (_PLAIN, _plain)):
+        match = pattern.match(text)
+        if match is None:
+            continue
+        unit = text[match.end() :].strip()
+        letters = re.match(r"[a-zA-Z]+", unit)
+        single_letter = letters is not None and len(letters[0]) == 1
+        if unit and (_UNIT.fullmatch(unit) is None or (single_letter and unit[0].casefold() not in _UNITS)):
+            continue  # "21p" and "5 x" are terms of algebra
+        value = value_of(match)
+        if value is None:
+            return None
+        decimals = match[0].partition(".")[2] if pattern is _PLAIN else ""
+        stands_apart = text[match.end() :].startswith(" ")
+        return Quantity(value, _unit_name(unit), len(decimals), single_letter and not stands_apart)
+    return None
+
+
+def _unit_name(unit: str) -> str:
+    unit = re.sub(r"\b(?:square|sq\.?)\s*units?\b|\b(?:cubic|cu\.?)\s*units?\b|\bunits?\b", "", unit)
+    squared = re.match(r"(square|sq\.?|cubic|cu\.?)\s*(\w+)\Z", unit)
+    if squared:
+        unit = f"{squared[2]}^{2 if squared[1].startswith('s') else 3}"
+    return re.sub(r"[\s{}]", "", unit)
+
+
+def _fraction(match: re.Match[str]) -> Fraction | None:
+    sign, whole, long_numerator, short_numerator, long_denominator, short_denominator = match.groups()
+    numerator = int(re.sub(r"\s", "", long_numerator or short_numerator))
+    denominator = int(long_denominator or short_denominator)
+    return _mixed(sign, whole, numerator, denominator)
+
+
+def _slash(match: re.Match[str]) -> Fraction | None:
+    sign, whole, numerator, denominator = match.groups()
+    return _mixed(sign, whole, int(numerator), int(denominator))
+
+
+def _mixed(sign: str, whole: str | None, numerator: int, denominator: int) -> Fraction | None:
+    if denominator == 0:
+        return None
+    value = int(whole or 0) + Fraction(numerator, denominator)
+    return -value if "-" in sign else value
+
+
+def _scientific(match: re.Match[str]) -> Fraction:
+    mantissa, exponent = match[1], match[2] or match[3]
+    return Fraction(re.sub(r"\s", "", mantissa)) * Fraction(10) ** int(re.sub(r"\s", "", exponent))
+
+
+def _plain(match: re.Match[str]) -> Fraction:
+    return Fraction(re.sub(r"\s", "", match[0]).rstrip("."))
+
+
+def equal_quantities(gold: Quantity, answer: Quantity) -> bool | None:
+    """
+    Compares two quantities. A unit that only one of them has is taken as understood (the problem names it), except that
+    "5%" is not known to be the same as a gold "5". `None` if units differ in a way that cannot be told.
+    """
+    gold_kind, gold_size = _kind(gold.unit)
+    kind, size = _kind(answer.unit)
+    if gold_kind == kind:
+        return _close(gold.value * gold_size, answer.value * size, gold, answer)
+    if "share" in (gold_kind, kind) and not (gold.unit and answer.unit):
+        # 75% is 0.75; and a gold "75" whose question asks for a percentage is 75%.
+        if _close(gold.value * gold_size, answer.value * size, gold, answer):
+            return True
+        same = _close(gold.value, answer.value, gold, answer)
+        return (True if kind == "share" else None) if same else False
+    if not gold.unit or not answer.unit:
+        if gold.may_be_term and gold.value == answer.value:
+            return None
+        return _close(gold.value, answer.value, gold, answer)
+    if _close(gold.value, answer.value, gold, answer):
+        # The same number with another unit: wrong where both units are known, else perhaps two names of one unit.
+        return False if gold_size and size and gold_kind != gold.unit and kind != answer.unit else None
+    return False
+
+
+def _kind(unit: str) -> tuple[str, Fraction]:
+    """Kind and size of a unit: `cm^2` is ("length^2", 1/10000); a unit that is not known is a kind of its own."""
+    name, _, power = unit.partition("^")
+    known = _UNITS.get(name if name in _UNITS else name.casefold())
+    if known is None:
+        return unit.casefold(), Fraction(1)
+    kind, size = known
+    return (f"{kind}^{power}", size ** int(power)) if power else (kind, size)
+
+
+def _close(gold: Fraction, answer: Fraction, gold_quantity: Quantity, quantity: Quantity) -> bool:
+    if gold == answer:
+        return True
+    # A decimal of six places or more may stand for a number that no decimal can write.
+    decimals = max(gold_quantity.decimals, quantity.decimals)
+    return decimals >= 6 and abs(gold - answer) * 10**decimals < 1
