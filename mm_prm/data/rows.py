@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import datasets
+import pyarrow.compute as pc
 
 from .features import STEPWISE_FEATURES, RowError, validate_row
 
@@ -288,14 +289,16 @@ def join_problems(
             advice = f"the question of problem {problem_id!r} reads otherwise; make the rows anew from its tree"
             raise RowError("stepwise", f"row {number}", "prompt", prompt, advice)
     prompts = [questions[problem_id] for problem_id in problem_ids]
-    references = [[{"bytes": None, "path": problem_id}] for problem_id in problem_ids]
+    num_images = _num_images(problems)
+    # As many references as images, so that whoever counts images without unpacking them counts right.
+    references = [[{"bytes": None, "path": problem_id}] * num_images[problem_id] for problem_id in problem_ids]
     rows = rows.remove_columns("prompt").add_column("prompt", prompts, feature=datasets.Value("string"))
     rows = rows.add_column("images", references, feature=datasets.List(datasets.Image(decode=False)))
     return rows.with_transform(_ImageLookup(problems))
 
 
 class _ImageLookup:
-    """Replaces the reference that stands in the column `images` by the images of that problem."""
+    """Replaces the references that stand in the column `images` by the images of that problem."""
 
     def __init__(self, problems: datasets.Dataset):
         self.positions = {problem_id: position for position, problem_id in enumerate(problems["id"][:])}
@@ -307,10 +310,17 @@ class _ImageLookup:
         return batch
 
     def _images(self, images: list[dict[str, Any]]) -> list[Any]:
-        if len(images) == 1 and images[0]["bytes"] is None:
+        if images and images[0]["bytes"] is None:
             return self.problems[self.positions[images[0]["path"]]]["images"]
         # After `map` the column holds the pictures themselves.
         return [datasets.Image().decode_example(image) for image in images]
+
+
+def _num_images(problems: datasets.Dataset) -> dict[str, int]:
+    lengths: list[int] = []
+    for batch in problems.select_columns("images").with_format("arrow").iter(batch_size=1000):
+        lengths += pc.list_value_length(batch["images"]).to_pylist()
+    return dict(zip(problems["id"][:], lengths, strict=True))
 
 
 def _questions(problems: Iterable[Mapping[str, Any]]) -> dict[str, str]:

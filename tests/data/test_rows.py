@@ -346,8 +346,14 @@ def test_join_goes_along_with_what_trainers_do(joined):
     split = joined.train_test_split(test_size=2, seed=0)["test"]
     for data in (shuffled, mapped, split, joined.with_transform(joined.format["format_kwargs"]["transform"])):
         assert [colors(row["images"]) for row in data] == [EXPECTED[row["problem_id"]] for row in data]
+    assert [colors(row["images"]) for row in joined.__getitems__([5, 0])] == [EXPECTED["q3"], EXPECTED["q1"]]
     assert set(joined.select_columns(["images"])[0]) == {"images"}
     assert set(joined.remove_columns(["images"])[0]) == set(STEPWISE_FEATURES)
+
+
+def test_images_can_be_counted_without_unpacking_them(joined):
+    counts = [len(images) for images in joined.with_format("arrow")[:]["images"].to_pylist()]
+    assert counts == [len(EXPECTED[name]) for name in joined["problem_id"]]
 
 
 def test_join_copies_no_pixels(joined):
