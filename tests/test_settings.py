@@ -233,6 +233,15 @@ def test_help_comes_from_the_docstring(capsys):
     assert "--config FILE" in text
 
 
+def test_settings_of_the_rows_can_be_read(tmp_path):
+    from mm_prm.data import RowConfig
+
+    config = RowConfig(max_rows_per_tree=4, include_rollouts="none", right_threshold=0.5)
+    assert parse_settings(RowConfig, ["--config", str(write_settings(tmp_path, config))]) == config
+    with pytest.raises(SettingsError, match="include_rollouts: 'some' is not one of 'none', 'balanced'"):
+        parse_settings(RowConfig, ["--include_rollouts", "some"])
+
+
 def test_settings_do_not_load_torch():
     code = "import sys, mm_prm.settings; print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
     root = Path(__file__).parents[1]

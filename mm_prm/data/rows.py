@@ -9,14 +9,16 @@ Of all solutions of a tree those are chosen, right and wrong in balance, that br
 chosen before has brought. A solution that brings none is left out: its text and its labels are contained in the others.
 """
 
+import hashlib
+import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-import pyarrow.compute as pc
 
 from .features import STEPWISE_FEATURES, RowError, validate_row
 
@@ -254,20 +256,24 @@ def _row(problem_id: str, prompt: str, solution: Steps, values: _Values) -> dict
 
 
 def join_problems(
-    rows: datasets.Dataset | Iterable[Mapping[str, Any]], problems: datasets.Dataset
+    rows: datasets.Dataset | Iterable[Mapping[str, Any]],
+    problems: datasets.Dataset,
+    *,
+    cache_dir: str | Path | None = None,
 ) -> datasets.Dataset:
     """
     Give rows their problems' images, in the flat form that trainers take.
 
-    A problem's images are not copied to its many rows: they are looked up in `problems` when a row is read. As the
-    look-up belongs to the data set's format, it goes along with `select`, `shuffle`, `map` and worker processes, and is
-    lost by `with_format` and by saving the rows alone.
+    The pictures are not copied to a problem's many rows. Each is written once to a file that is named by its content,
+    the rows refer to it, and it is unpacked when a row is read. Saving the rows or pushing them embeds the pictures.
 
     Args:
         rows (`datasets.Dataset` or `Iterable[Mapping[str, Any]]`):
             Stepwise rows.
         problems (`datasets.Dataset`):
             Problem rows, as `load_problems` gives them.
+        cache_dir (`str` or `Path`, *optional*):
+            Where the pictures are written, in a folder `mm_prm_images`; the cache of `datasets` if not given.
 
     Returns:
         `datasets.Dataset`: The rows with a column `images`, and with the problem's question as `prompt`.
@@ -288,39 +294,37 @@ def join_problems(
         if prompt not in ("", questions[problem_id]):
             advice = f"the question of problem {problem_id!r} reads otherwise; make the rows anew from its tree"
             raise RowError("stepwise", f"row {number}", "prompt", prompt, advice)
+    images = _image_files(problems, set(problem_ids), Path(cache_dir or datasets.config.HF_DATASETS_CACHE))
     prompts = [questions[problem_id] for problem_id in problem_ids]
-    num_images = _num_images(problems)
-    # As many references as images, so that whoever counts images without unpacking them counts right.
-    references = [[{"bytes": None, "path": problem_id}] * num_images[problem_id] for problem_id in problem_ids]
     rows = rows.remove_columns("prompt").add_column("prompt", prompts, feature=datasets.Value("string"))
-    rows = rows.add_column("images", references, feature=datasets.List(datasets.Image(decode=False)))
-    return rows.with_transform(_ImageLookup(problems))
+    references = [images[problem_id] for problem_id in problem_ids]
+    return rows.add_column("images", references, feature=datasets.List(datasets.Image()))
 
 
-class _ImageLookup:
-    """Replaces the references that stand in the column `images` by the images of that problem."""
-
-    def __init__(self, problems: datasets.Dataset):
-        self.positions = {problem_id: position for position, problem_id in enumerate(problems["id"][:])}
-        self.problems = problems.select_columns("images")
-
-    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        if "images" in batch:
-            batch = {**batch, "images": [self._images(images) for images in batch["images"]]}
-        return batch
-
-    def _images(self, images: list[dict[str, Any]]) -> list[Any]:
-        if images and images[0]["bytes"] is None:
-            return self.problems[self.positions[images[0]["path"]]]["images"]
-        # After `map` the column holds the pictures themselves.
-        return [datasets.Image().decode_example(image) for image in images]
+def _image_files(problems: datasets.Dataset, needed: set[str], cache_dir: Path) -> dict[str, list[dict[str, Any]]]:
+    """Write the pictures of the problems that are needed, and give references to them, as `datasets` stores images."""
+    folder = cache_dir / "mm_prm_images"
+    folder.mkdir(parents=True, exist_ok=True)
+    references: dict[str, list[dict[str, Any]]] = {}
+    table = problems.select_columns(["id", "images"])
+    for problem in table.cast_column("images", datasets.List(datasets.Image(decode=False))):
+        if problem["id"] in needed:
+            paths = [_image_file(image, folder) for image in problem["images"]]
+            references[problem["id"]] = [{"bytes": None, "path": path} for path in paths]
+    return references
 
 
-def _num_images(problems: datasets.Dataset) -> dict[str, int]:
-    lengths: list[int] = []
-    for batch in problems.select_columns("images").with_format("arrow").iter(batch_size=1000):
-        lengths += pc.list_value_length(batch["images"]).to_pylist()
-    return dict(zip(problems["id"][:], lengths, strict=True))
+def _image_file(image: Mapping[str, Any], folder: Path) -> str:
+    content = image["bytes"]
+    if content is None:
+        return image["path"]
+    path = folder / (hashlib.sha256(content).hexdigest() + Path(image["path"] or "").suffix)
+    if not path.exists():
+        # Written beside its place and moved there, so that no other process ever sees half a picture.
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part.write_bytes(content)
+        part.replace(path)
+    return str(path)
 
 
 def _questions(problems: Iterable[Mapping[str, Any]]) -> dict[str, str]:

@@ -12,9 +12,10 @@ from typing import Protocol
 
 IMAGE_MARKER = "<image>"
 
-_NUMBERED_MARKER = re.compile(r"<image(?:_?(\d+))?>")
+# No problem has ten thousand images, and `int` refuses numbers of thousands of digits.
+_NUMBERED_MARKER = re.compile(r"<image(?:_?([0-9]{1,4}))?>")
 # Tags in which some policies were taught to wrap their steps; the rows hold the bare text.
-_OUTER_TAGS = re.compile(r"^(?:\s|</?(?:step|answer)>)+|(?:\s|</?(?:step|answer)>)+$")
+_STEP_TAGS = ("<step>", "</step>", "<answer>", "</answer>")
 
 
 def neutralize_special_tokens(text: str, special_tokens: Iterable[str]) -> str:
@@ -166,7 +167,13 @@ def clean_step(step: str) -> str:
     Returns:
         `str`: The step, empty if there was nothing in it.
     """
-    return _OUTER_TAGS.sub("", step.replace("\r\n", "\n"))
+    step = step.replace("\r\n", "\n").strip()
+    before = None
+    while step != before:
+        before = step
+        for tag in _STEP_TAGS:
+            step = step.removeprefix(tag).removesuffix(tag).strip()
+    return step
 
 
 def clean_steps(steps: Sequence[str]) -> list[str]:

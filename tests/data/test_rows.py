@@ -1,6 +1,8 @@
 import copy
 import json
 import pickle
+import shutil
+from pathlib import Path
 
 import datasets
 import PIL.Image
@@ -311,7 +313,7 @@ def test_the_seed_chooses():
 
 
 @pytest.fixture
-def joined():
+def joined(tmp_path):
     problems = [
         problem(colors=("red", "blue")),
         problem("q2", "What is y?", colors=()),
@@ -319,7 +321,7 @@ def joined():
     ]
     problems = datasets.Dataset.from_list(problems, features=PROBLEM_FEATURES)
     trees = [tree(FORK), tree(FORK, problem_id="q2"), tree(FORK, problem_id="q3")]
-    return join_problems(trees_to_rows(trees)[0], problems)
+    return join_problems(trees_to_rows(trees)[0], problems, cache_dir=tmp_path / "cache")
 
 
 def colors(images):
@@ -344,26 +346,35 @@ def test_join_goes_along_with_what_trainers_do(joined):
     mapped = joined.map(lambda row: {"num_images": len(row["images"])})
     assert mapped["num_images"][:] == [len(EXPECTED[row["problem_id"]]) for row in joined]
     split = joined.train_test_split(test_size=2, seed=0)["test"]
-    for data in (shuffled, mapped, split, joined.with_transform(joined.format["format_kwargs"]["transform"])):
+    twice = datasets.concatenate_datasets([joined, mapped])
+    for data in (shuffled, mapped, split, twice):
         assert [colors(row["images"]) for row in data] == [EXPECTED[row["problem_id"]] for row in data]
     assert [colors(row["images"]) for row in joined.__getitems__([5, 0])] == [EXPECTED["q3"], EXPECTED["q1"]]
     assert set(joined.select_columns(["images"])[0]) == {"images"}
     assert set(joined.remove_columns(["images"])[0]) == set(STEPWISE_FEATURES)
 
 
-def test_images_can_be_counted_without_unpacking_them(joined):
-    counts = [len(images) for images in joined.with_format("arrow")[:]["images"].to_pylist()]
-    assert counts == [len(EXPECTED[name]) for name in joined["problem_id"]]
+def test_each_picture_is_written_once_and_the_rows_refer_to_it(joined, tmp_path):
+    files = sorted(path.name for path in (tmp_path / "cache" / "mm_prm_images").iterdir())
+    assert len(files) == 3
+    assert joined.features["images"] == datasets.List(datasets.Image())
+    stored = joined.with_format("arrow")[:]["images"].to_pylist()
+    assert [len(images) for images in stored] == [len(EXPECTED[name]) for name in joined["problem_id"]]
+    assert {Path(image["path"]).name for images in stored for image in images} == set(files)
+    assert all(image["bytes"] is None for images in stored for image in images)
 
 
-def test_join_copies_no_pixels(joined):
-    assert joined.data.nbytes < 2000
+def test_saved_rows_hold_their_pictures(joined, tmp_path):
+    joined.save_to_disk(tmp_path / "saved")
+    shutil.rmtree(tmp_path / "cache")
+    loaded = datasets.load_from_disk(tmp_path / "saved")
+    assert [colors(row["images"]) for row in loaded] == [EXPECTED[row["problem_id"]] for row in loaded]
 
 
-def test_join_takes_datasets_of_rows_and_names_what_is_missing(joined):
+def test_join_takes_datasets_of_rows_and_names_what_is_missing(tmp_path):
     problems = datasets.Dataset.from_list([problem()], features=PROBLEM_FEATURES)
     rows, _ = trees_to_rows([tree(FORK)], problems=problems)
-    data = join_problems(datasets.Dataset.from_list(rows, features=STEPWISE_FEATURES), problems)
+    data = join_problems(datasets.Dataset.from_list(rows, features=STEPWISE_FEATURES), problems, cache_dir=tmp_path)
     assert colors(data[0]["images"]) == [(255, 0, 0)]
     rows, _ = trees_to_rows([tree(FORK, problem_id=f"p{index:02}") for index in range(12)])
     with pytest.raises(ValueError, match=r"12 problems of the rows are not in the problem table: 'p00', .*'p09', …"):

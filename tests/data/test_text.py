@@ -1,3 +1,5 @@
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -157,6 +159,7 @@ def test_split_loses_nothing(question, num_images):
         ("<image> <image>", 1, "<image> <image>", [0]),
         ("<image0> <imageX> <Image1>", 1, "<image0> <imageX> <Image1>", [0]),
         ("no marker", 2, "no marker", [0, 1]),
+        (f"<image_{'9' * 5000}>", 1, f"<image_{'9' * 5000}>", [0]),
     ],
 )
 def test_normalize_image_markers(question, num_images, expected, order):
@@ -198,6 +201,14 @@ def test_clean_step(step, cleaned):
 def test_clean_step_strips_all_white_space(step):
     cleaned = clean_step(step)
     assert cleaned == cleaned.strip() == clean_step(cleaned)
+
+
+def test_long_hostile_text_takes_no_long_time():
+    text = f"x{' ' * 200_000}y{'<step>' * 2000}{'<prm>' * 20_000}" + "<prm>" * 20_000
+    start = time.perf_counter()
+    assert clean_step(text).startswith("x  ")
+    assert "<prm>" not in neutralize_special_tokens(text, SPECIAL + AWKWARD)
+    assert time.perf_counter() - start < 5
 
 
 def test_clean_steps_drops_empty_ones():
