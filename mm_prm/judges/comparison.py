@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 
 from .math_process import MathOutcome
-from .quantities import Quantity, compact, equal_quantities, normalize, parse_quantity
+from .quantities import NUMBER_WORDS, Quantity, compact, equal_quantities, normalize, parse_quantity
 
 # Compares two LaTeX formulas.
 CompareFormulas = Callable[[str, str], MathOutcome]
@@ -109,7 +109,11 @@ def is_prose(text: str) -> bool:
 def _compare_prose(gold: str, answer: str, gold_quantity: Quantity | None) -> tuple[bool | None, str] | None:
     if not is_prose(answer) and not is_prose(gold):
         return None
-    if is_prose(answer) and not is_prose(gold):
+    if not is_prose(answer):
+        words = {word.casefold() for word in _WORD.findall(gold)}
+        if parse_quantity(answer) is not None and not re.search(r"\d", gold) and not words & NUMBER_WORDS.keys():
+            return False, "no number is wanted"
+    elif not is_prose(gold):
         if _REFUSAL.search(answer):
             return False, "no answer is given"
         numbers = re.findall(r"\d+(?:\.\d+)?", answer)
@@ -162,6 +166,8 @@ def _serial_numbers(text: str) -> list[str] | None:
 def _compare_parts(gold: list[str], answer: list[str], compare_formulas: CompareFormulas) -> tuple[bool | None, str]:
     unknown = ""
     for number, (gold_part, part) in enumerate(zip(gold, answer, strict=True), start=1):
+        if {gold_part, part} & _BRACKET_PARTS and gold_part != part:
+            return False, "other brackets"
         equal, reason = equal_answers(gold_part, part, compare_formulas)
         if equal is False:
             return False, f"part {number}: {reason}"

@@ -83,7 +83,7 @@ def _first_statement(text: str) -> str:
     lead = _LEAD.match(line)
     stripped = line[lead.end() :] if lead else line
     # "B. 20 cm" is a letter with its text, not two sentences.
-    choice = re.match(r"[(\[]?[A-Z][)\].:,]", stripped)
+    choice = re.match(r"[(\[]?[A-Z][)\].:,](?=\s*\S)", stripped)
     end = _SENTENCE_END.search(stripped, choice.end() if choice else 0)
     return (stripped[: end.start()] if end else stripped).strip(" *_\t\n")
 

@@ -89,7 +89,11 @@ class MathProcess:
         self._replies = queue.SimpleQueue()
         self._close = weakref.finalize(self, _end, self._process, self._owner)
         threading.Thread(target=_forward, args=(self._process, self._replies), daemon=True).start()
-        if self._replies.get(timeout=_START_SECONDS) != "ready\n":
+        try:
+            first = self._replies.get(timeout=_START_SECONDS)
+        except queue.Empty:
+            first = ""
+        if first != "ready\n":
             raise OSError("the process of math-verify did not start")
         return self._process
 

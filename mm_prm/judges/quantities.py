@@ -43,7 +43,7 @@ _REPLACEMENTS = (
 )
 _THOUSANDS = re.compile(r"(?<![\d.,(\[])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 
-_NUMBER_WORDS = {
+NUMBER_WORDS = {
     word: number
     for number, word in enumerate(
         [
@@ -190,8 +190,8 @@ def _close_braces(text: str) -> str:
 
 
 def compact(text: str) -> str:
-    """Normalised text without spaces, in lower case where case says nothing."""
-    text = re.sub(r"\s+", "", normalize(text))
+    """Normalised text without spaces (except in "1 2", which is not 12), in lower case where case says nothing."""
+    text = re.sub(r"(?<!\d) | (?!\d)", "", normalize(text))
     return text if len(text) == 1 else text.casefold()
 
 
@@ -208,7 +208,7 @@ def parse_quantity(text: str) -> Quantity | None:
         [`Quantity`], or `None` if it is not that.
     """
     text = normalize(text)
-    word = _NUMBER_WORDS.get(text.casefold())
+    word = NUMBER_WORDS.get(text.casefold())
     if word is not None:
         return Quantity(Fraction(word), "")
     if len(text) > 100:
