@@ -1,0 +1,277 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, TrainerCallback
+from transformers.utils import logging as transformers_logging
+
+from mm_prm.models import AutoModelForProcessReward, ProcessRewardProcessor, create_process_reward_model
+from mm_prm.trainer import PRMConfig, PRMTrainer
+
+from ..testing_utils import tiny_problem
+from .toy import toy_dataset, toy_rows
+
+
+def _config(tmp_path, **settings) -> PRMConfig:
+    defaults = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 8,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return PRMConfig(**{**defaults, **settings})
+
+
+def _losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("as_dataset", [True, False], ids=["dataset", "list"])
+def test_training_changes_the_language_model_and_not_the_vision_tower(tiny_prm_path, tmp_path, as_dataset):
+    rows = toy_dataset(16) if as_dataset else toy_rows(16)
+    trainer = PRMTrainer(tiny_prm_path, _config(tmp_path), train_dataset=rows)
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    assert any("visual" in name for name in before)
+    for name, parameter in trainer.model.named_parameters():
+        if "visual" in name:
+            assert torch.equal(before[name], parameter), name
+        else:
+            assert not torch.equal(before[name], parameter), name
+
+
+def test_vision_tower_learns_when_it_is_thawed(tiny_prm_path, tmp_path):
+    trainer = PRMTrainer(tiny_prm_path, _config(tmp_path, freeze_vision_tower=False), train_dataset=toy_rows(8))
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters() if "visual" in name}
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    assert all(not torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_policy_learns_the_toy_task(tiny_vlm_path, tmp_path):
+    args = _config(tmp_path, max_steps=60, per_device_train_batch_size=16, gradient_checkpointing=True)
+    trainer = PRMTrainer(tiny_vlm_path, args, train_dataset=toy_rows(48), eval_dataset=toy_rows(24))
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    # Labels of 1/8 and 7/8 leave an entropy of 0.377
+    assert before["eval_loss"] > 0.6
+    assert after["eval_loss"] < 0.40
+    assert after["eval_accuracy"] == 1
+    assert after["eval_auc"] == 1
+    assert after["eval_auc_within_problems"] == 1
+    assert after["eval_brier"] < 0.01
+    assert after["eval_num_labels"] == 32
+
+
+def test_saved_model_scores_the_same_and_is_a_plain_checkpoint(tiny_vlm_path, tmp_path):
+    trainer = PRMTrainer(tiny_vlm_path, _config(tmp_path), train_dataset=toy_rows(8))
+    trainer.train()
+    trainer.save_model()
+    model = AutoModelForProcessReward.from_pretrained(tmp_path).eval()
+    processor = ProcessRewardProcessor.from_pretrained(tmp_path)
+    batch = processor([tiny_problem(1)], [["Bar A shows 7.", "The answer is 6."]])
+    assert torch.equal(model(**batch).logits, trainer.model.eval()(**batch).logits)
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(stock).__name__]
+
+
+class _Gradients(TrainerCallback):
+    def __init__(self):
+        self.gradients = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("label_weighting", ["none", "num_judged"])
+def test_gradient_accumulation_equals_a_big_batch(tiny_prm_path, tmp_path, label_weighting):
+    # The parts hold different numbers of labels: a mean of means would differ
+    rows = toy_rows(12)
+    found = {}
+    for batch_size, accumulation in [(12, 1), (4, 3), (1, 12)]:
+        recorder = _Gradients()
+        args = _config(
+            tmp_path,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            max_grad_norm=0,
+            label_weighting=label_weighting,
+        )
+        trainer = PRMTrainer(tiny_prm_path, args, train_dataset=rows, callbacks=[recorder])
+        trainer.train()
+        found[batch_size] = (_losses(trainer)[0], recorder.gradients)
+    loss, gradients = found[12]
+    assert gradients
+    for other_loss, other_gradients in (found[4], found[1]):
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        assert other_gradients.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            difference = (other_gradients[name] - gradient).norm() / gradient.norm()
+            assert difference < 1e-5, name
+
+
+def test_first_loss_is_the_weighted_cross_entropy(tiny_prm_path, tmp_path):
+    model = AutoModelForProcessReward.from_pretrained(tiny_prm_path).eval()
+    processor = ProcessRewardProcessor.from_pretrained(tiny_prm_path)
+    rows = toy_rows(8)
+    expected = {}
+    for weighting in ("none", "num_judged"):
+        total = weight = 0.0
+        for row in rows:
+            batch = processor([{"question": row["prompt"], "images": row["images"]}], [row["completions"]])
+            scores = model(**batch).logits.softmax(-1)[..., 1][batch["step_mask"]].tolist()
+            for score, label, judged in zip(scores, row["labels"], row["num_judged"], strict=True):
+                if label is not None:
+                    w = judged if weighting == "num_judged" else 1
+                    loss = torch.nn.functional.binary_cross_entropy(torch.tensor(score), torch.tensor(label))
+                    total, weight = total + w * loss.item(), weight + w
+        expected[weighting] = total / weight
+    assert expected["none"] != pytest.approx(expected["num_judged"], abs=1e-4)
+    for weighting, loss in expected.items():
+        args = _config(tmp_path, max_steps=1, label_weighting=weighting)
+        trainer = PRMTrainer(tiny_prm_path, args, train_dataset=rows)
+        trainer.train()
+        assert _losses(trainer)[0] == pytest.approx(loss, abs=2e-5)
+
+
+def test_hard_labels_threshold_soft_ones(tiny_prm_path, tmp_path):
+    rows = toy_rows(6)
+    batches = {}
+    for mode, threshold in [("soft", 0.0), ("hard", 0.0), ("hard", 0.5)]:
+        args = _config(tmp_path, label_mode=mode, hard_threshold=threshold)
+        trainer = PRMTrainer(tiny_prm_path, args, train_dataset=rows)
+        labels = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])["labels"]
+        batches[mode, threshold] = labels[~labels.isnan()].tolist()
+    assert batches["soft", 0.0] == [0.875, 0.125]
+    # Monte Carlo above 0 is right
+    assert batches["hard", 0.0] == [1, 1]
+    assert batches["hard", 0.5] == [1, 0]
+
+
+def test_resumed_training_equals_uninterrupted_training(tiny_vlm_path, tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    def trainer(name, *callbacks):
+        args = _config(
+            tmp_path / name, max_steps=6, save_strategy="steps", save_steps=3, gradient_accumulation_steps=2
+        )
+        return PRMTrainer(tiny_vlm_path, args, train_dataset=toy_dataset(24), callbacks=list(callbacks))
+
+    whole = trainer("whole")
+    whole.train()
+    trainer("parts", Stop()).train()
+    resumed = trainer("parts")
+    resumed.train(resume_from_checkpoint=True)
+    assert _losses(resumed) == _losses(whole)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tiny_vlm_path, tmp_path):
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                with torch.no_grad():
+                    model.get_output_embeddings().weight.normal_(std=10)
+
+    args = _config(
+        tmp_path,
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+    )
+    trainer = PRMTrainer(
+        tiny_vlm_path, args, train_dataset=toy_rows(16), eval_dataset=toy_rows(8), callbacks=[Spoil()]
+    )
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert min(losses) < losses[-1]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+
+
+def test_model_and_processor_in_memory(tiny_vlm_path, tmp_path):
+    model, processor = create_process_reward_model(tiny_vlm_path)
+    trainer = PRMTrainer(model, _config(tmp_path), train_dataset=toy_rows(8), processing_class=processor)
+    trainer.train()
+    assert len(_losses(trainer)) == 3
+
+
+def test_processor_is_found_where_the_model_came_from(tiny_prm_path, tmp_path):
+    model = AutoModelForProcessReward.from_pretrained(tiny_prm_path)
+    trainer = PRMTrainer(model, _config(tmp_path), train_dataset=toy_rows(4))
+    assert isinstance(trainer.processing_class, ProcessRewardProcessor)
+
+
+def test_plain_model_is_refused(tiny_vlm_path, tiny_prm_path, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(tiny_vlm_path)
+    processor = ProcessRewardProcessor.from_pretrained(tiny_prm_path)
+    with pytest.raises(ValueError, match="prepare_model_for_process_reward"):
+        PRMTrainer(model, _config(tmp_path), train_dataset=toy_rows(4), processing_class=processor)
+
+
+def test_a_loss_that_is_nan_stops_the_run_and_names_the_rows(tiny_prm_path, tmp_path):
+    trainer = PRMTrainer(tiny_prm_path, _config(tmp_path, per_device_train_batch_size=2), train_dataset=toy_rows(4))
+    with torch.no_grad():
+        trainer.model.get_output_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match=r"nan at step 0, for rows \[[0-3], [0-3]\] of the training dataset"):
+        trainer.train()
+
+
+def test_rows_without_labels_are_left_out_and_counted(tiny_prm_path, tmp_path, caplog):
+    transformers_logging.enable_propagation()
+    rows = toy_rows(6)
+    rows[2] = {**rows[2], "labels": [None] * len(rows[2]["labels"])}
+    processor = ProcessRewardProcessor.from_pretrained(tiny_prm_path)
+    first_steps = [
+        processor.num_tokens({"question": row["prompt"], "images": row["images"]}, row["completions"][:1])
+        for row in rows
+    ]
+    assert len(set(first_steps)) == 1
+    rows[4] = {**rows[4], "completions": ["7 " * 60, *rows[4]["completions"][1:]]}
+    args = _config(tmp_path, max_length=first_steps[0])
+    trainer = PRMTrainer(tiny_prm_path, args, train_dataset=rows)
+    transformers_logging.disable_propagation()
+    assert [row["row_index"] for row in trainer.train_dataset] == [0, 1, 3, 5]
+    assert "1 of 6 rows have no label and are left out" in caplog.text
+    assert f"1 of 6 rows have no label within max_length = {first_steps[0]} tokens" in caplog.text
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    assert batch["step_mask"].sum(dim=1).tolist() == [1, 1, 1, 1]
+    trainer.train()
+
+
+def test_model_card_is_written_without_network(tiny_prm_path, tmp_path):
+    trainer = PRMTrainer(tiny_prm_path, _config(tmp_path), train_dataset=toy_rows(4))
+    trainer.create_model_card(model_name="mini", tags="test")
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "# mini\n" in card
+    assert "- test\n" in card
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_mode": "smooth"}, "label_mode = 'smooth': must be one of soft, hard"),
+        ({"label_weighting": "visits"}, "label_weighting = 'visits'"),
+        ({"hard_threshold": 1.0}, "hard_threshold = 1.0"),
+        ({"max_length": 0}, "max_length = 0"),
+        ({"remove_unused_columns": True}, "remove_unused_columns"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        _config(tmp_path, **settings)
