@@ -24,7 +24,7 @@ _FUNCTIONS = {
 }  # fmt: skip
 _WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
 _REFUSAL = re.compile(
-    r"\b(?:no answer|none of|not among|no (?:correct|valid) |cannot be determined|there is an error|(?:is|are) incorrect|"
+    r"\b(?:no answer|none of|none\Z|not among|no (?:correct|valid) |cannot be determined|there is an error|(?:is|are) incorrect|"
     r"do(?:es)? not match|not enough information)",
     re.IGNORECASE,
 )
@@ -118,7 +118,7 @@ def _compare_prose(gold: str, answer: str, gold_quantity: Quantity | None) -> tu
             return False, "no answer is given"
         numbers = re.findall(r"\d+(?:\.\d+)?", answer)
         if not numbers and re.search(r"\d", gold):
-            return False, "a number is wanted"
+            return None, "text where a number is wanted"
         if gold_quantity is not None and not any(parse_quantity(number) == gold_quantity for number in numbers):
             plain = abs(gold_quantity.value)
             if all((read := parse_quantity(number)) is None or read.value != plain for number in numbers):
