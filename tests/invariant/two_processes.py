@@ -1,0 +1,42 @@
+"""One training step on the toy task; the weights go to the file named on the command line."""
+
+import sys
+
+import torch
+from safetensors.torch import save_file
+
+from mm_prm.trainer import PRMConfig, PRMTrainer
+
+from ..trainer.toy import toy_rows
+
+
+def main() -> None:
+    model_path, output_file, batch_size, output_dir = sys.argv[1:]
+    torch.set_num_threads(1)
+    args = PRMConfig(
+        output_dir,
+        per_device_train_batch_size=int(batch_size),
+        max_steps=2,
+        optim="sgd",
+        learning_rate=1.0,
+        max_grad_norm=0,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        label_weighting="num_judged",
+        logging_steps=1,
+    )
+    trainer = PRMTrainer(model_path, args, train_dataset=toy_rows(16), eval_dataset=toy_rows(7))
+    trainer.train()
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        numbers = [*losses, metrics["eval_loss"], metrics["eval_num_labels"], metrics["eval_auc"]]
+        tensors = {name: parameter.detach().contiguous() for name, parameter in trainer.model.named_parameters()}
+        save_file({**tensors, "numbers": torch.tensor(numbers, dtype=torch.float64)}, output_file)
+
+
+if __name__ == "__main__":
+    main()
