@@ -1,0 +1,75 @@
+"""`mm-prm COMMAND`: parses, calls one room, prints. See `mm-prm --help`.
+
+Nothing heavy is imported before the command is known, so that help and version answer at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from mm_prm import __version__
+from mm_prm.commands import InputError
+
+# Each is a module of `mm_prm.commands` with `main(args, prog) -> exit status`.
+COMMANDS = {
+    "annotate": "grow a tree of judged rollouts for each problem",
+    "rows": "turn trees into stepwise rows to train on",
+    "train": "train a process reward model on stepwise rows",
+    "score": "give every step of every candidate solution its score",
+    "best-of-n": "measure how often the best-scored candidate is right",
+    "quickstart": "run the whole path on the embedded mini world, with a report",
+}
+
+_EPILOG = """\
+Every command reads its settings from --config FILE.yaml and from flags, which win over the file.
+`mm-prm COMMAND --help` lists them. The settings of a run are written beside its output.
+
+exit status: 0 done (problems that the settings say to skip are no failure), 1 done but some problems failed,
+             2 settings or input that cannot be used, 130 interrupted
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run one command.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            Command line without the program's name; that of the program if not given.
+
+    Returns:
+        `int`: The exit status.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        "mm-prm",
+        description="Multimodal process reward models: annotate, train, score, search, share.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"mm-prm {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    for name, help_text in COMMANDS.items():
+        commands.add_parser(name, help=help_text, add_help=False)
+    command = parser.parse_args(args[:1]).command  # the rest is the command's own
+
+    if not sys.stderr.isatty():
+        # Bars that redraw a line fill log files with copies of it; the commands print lines there.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    from mm_prm.settings import SettingsError
+
+    module = import_module(f"mm_prm.commands.{command.replace('-', '_')}")
+    try:
+        return module.main(args[1:], f"mm-prm {command}")
+    except (SettingsError, InputError) as error:
+        print(f"mm-prm {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"mm-prm {command}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

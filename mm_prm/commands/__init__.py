@@ -1,0 +1,24 @@
+"""One module for each command of `mm-prm`: its settings, and `main`, which parses, calls one room and prints."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class InputError(Exception):
+    """Input that cannot be used; the message names file, row and field. Shown without a traceback."""
+
+
+@contextmanager
+def reading_input(name: str = "") -> Iterator[None]:
+    """
+    While input is read, an error is one in the input, and is told in one line.
+
+    Args:
+        name (`str`, *optional*, defaults to `""`):
+            What is read, put before messages that do not name it.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        message = " ".join(str(error).split())
+        raise InputError(message if name in message else f"{name}: {message}") from error

@@ -1,0 +1,255 @@
+"""`mm-prm annotate`: problems in, trees of judged rollouts out.
+
+mm-prm annotate --problems problems.json --policy path/to/policy --output trees --journal trees.journal.sqlite
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mm_prm.annotation.config import AnnotationConfig
+from mm_prm.commands import InputError, reading_input
+from mm_prm.settings import parse_settings
+
+
+@dataclass
+class AnnotateSettings:
+    """
+    What is annotated, by which policy, and where the trees go.
+
+    Args:
+        problems (`str`):
+            Problems: a .json, .jsonl or .parquet file, a folder saved by datasets, or mini:SPLIT:NUMBER[:START] for
+            problems of the embedded mini world.
+        output (`str`):
+            Where the trees go: a folder, or a .parquet or .jsonl file.
+        image_root (`str`, *optional*):
+            Folder within which image paths lie. The file's own folder if not given.
+        on_bad_row (`str`, *optional*, defaults to `"raise"`):
+            At a problem that cannot be used: stop before anything is annotated, or leave it out and list it.
+        limit (`int`, *optional*):
+            Annotate at most so many problems.
+        journal (`str`, *optional*):
+            File that keeps every finished tree; a run that was killed goes on after it. OUTPUT.journal.sqlite if not
+            given. Keep it on a local disk.
+        output_json (`str`, *optional*):
+            Write the summary there, too.
+        policy (`str`, *optional*, defaults to `"mini-policy"`):
+            Model that writes the solutions: a folder, a Hub repository, or mini-policy for the embedded one.
+        policy_temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature.
+        policy_top_k (`int`, *optional*, defaults to `50`):
+            Number of most probable tokens to sample from; 0 takes all.
+        policy_top_p (`float`, *optional*, defaults to `0.9`):
+            Samples from the smallest set of most probable tokens whose probability reaches this; 1 takes all.
+        policy_max_new_tokens (`int`, *optional*, defaults to `256`):
+            Most tokens of a rollout.
+        policy_batch_size (`int`, *optional*, defaults to `256`):
+            Most rollouts computed at once. A GPU wants thousands for a small model.
+        policy_step_format (`str`, *optional*, defaults to `"paragraphs"`):
+            How the policy writes its steps.
+        policy_dtype (`str`, *optional*):
+            Type of the weights, for example bfloat16; that of the checkpoint if not given.
+        policy_device (`str`, *optional*):
+            Where to compute, for example cuda:0; the GPU if there is one.
+        judge_timeout_seconds (`float`, *optional*, defaults to `5.0`):
+            Time limit of one comparison of formulas.
+    """
+
+    problems: str
+    output: str
+    image_root: str | None = None
+    on_bad_row: Literal["raise", "skip"] = "raise"
+    limit: int | None = None
+    journal: str | None = None
+    output_json: str | None = None
+    policy: str = "mini-policy"
+    policy_temperature: float = 1.0
+    policy_top_k: int = 50
+    policy_top_p: float = 0.9
+    policy_max_new_tokens: int = 256
+    policy_batch_size: int = 256
+    policy_step_format: Literal["paragraphs", "tags", "numbered"] = "paragraphs"
+    policy_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    policy_device: str | None = None
+    judge_timeout_seconds: float = 5.0
+
+    def policy_settings(self) -> dict[str, Any]:
+        """Settings of the policy that change its rollouts, and so belong to its identity."""
+        return {
+            "temperature": self.policy_temperature,
+            "top_k": self.policy_top_k,
+            "top_p": self.policy_top_p,
+            "max_new_tokens": self.policy_max_new_tokens,
+            "step_format": self.policy_step_format,
+            "dtype": self.policy_dtype,
+        }
+
+
+def main(args: Sequence[str], prog: str) -> int:
+    """Run the command; returns its exit status: 1 if a problem failed."""
+    settings, config = parse_settings(
+        (AnnotateSettings, AnnotationConfig), args, prog=prog, description="Grow a tree of judged rollouts."
+    )
+    return run(settings, config)
+
+
+def run(settings: AnnotateSettings, config: AnnotationConfig) -> int:
+    """Annotate, write the trees and print the summary."""
+    import logging
+
+    from mm_prm.annotation.annotator import Progress, annotate
+    from mm_prm.annotation.identity import describe
+    from mm_prm.annotation.journal import Journal, JournalError
+    from mm_prm.commands.files import check_output, write_json, write_rows, write_settings_beside
+    from mm_prm.commands.progress import ProgressBar
+    from mm_prm.data import load_problems
+    from mm_prm.embedded import model_path
+
+    output = check_output(settings.output)
+    write_settings_beside(output, (settings, config))
+    logging.getLogger("mm_prm.data.mmk12").setLevel(logging.ERROR)  # what is left out is listed in the summary
+    with reading_input(settings.problems):
+        problems, bad_problems = load_problems(
+            settings.problems,
+            image_root=settings.image_root,
+            on_bad_row=settings.on_bad_row,
+            limit=settings.limit,
+        )
+    from mm_prm.judges.rules import RulesJudge
+    from mm_prm.policies.transformers import TransformersPolicy
+
+    path = model_path(settings.policy)
+
+    def open_policy() -> TransformersPolicy:
+        with reading_input(f"policy {settings.policy}"):
+            return TransformersPolicy.from_pretrained(
+                path,
+                device=settings.policy_device,
+                batch_size=settings.policy_batch_size,
+                **settings.policy_settings(),
+            )
+
+    judge_settings = {"timeout_seconds": settings.judge_timeout_seconds}
+    last = Progress()
+    try:
+        with (
+            Journal(settings.journal or f"{output}.journal.sqlite") as journal,
+            ProgressBar("annotate", len(problems)) as bar,
+        ):
+
+            def show(progress: Progress) -> None:
+                nonlocal last
+                last = progress
+                note = f"{progress.trees_in_flight} trees growing, {progress.rollouts} rollouts"
+                bar.update(progress.trees_done, note, free=progress.trees_from_journal)
+
+            trees = annotate(
+                problems,
+                open_policy,
+                RulesJudge(**judge_settings),
+                config,
+                journal,
+                show,
+                policy_identity=describe(TransformersPolicy.from_pretrained, path, settings.policy_settings()),
+                judge_identity=describe(RulesJudge, None, judge_settings),
+            )
+            summary = Summary()
+            places = {problem_id: place for place, problem_id in enumerate(problems["id"])}
+            write_rows("tree", summary.watch(trees), output, places)
+    except JournalError as error:
+        raise InputError(str(error)) from error
+    report = summary.report(last, bad_problems)
+    write_json(settings.output_json, report)
+    print_summary(report, settings.output)
+    return 1 if report["trees"]["failed"] else 0
+
+
+class Summary:
+    """Counts trees as they pass."""
+
+    def __init__(self) -> None:
+        self.trees: Counter[str] = Counter()
+        self.cost: Counter[str] = Counter()
+        self.verdicts: Counter[str] = Counter()
+        self.labels = 0
+        self.nodes = 0
+        self.unfinished: list[dict[str, str]] = []
+
+    def watch(self, trees: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+        """Hand the trees on, counted."""
+        for tree in trees:
+            self.trees[tree["status"]] += 1
+            self.cost.update(tree["cost"])
+            self.verdicts.update(rollout["verdict"] for rollout in tree["rollouts"])
+            self.nodes += len(tree["nodes"])
+            # The root says how hard the problem is; every other measured node labels a step.
+            self.labels += sum(node["num_judged"] > 0 for node in tree["nodes"][1:])
+            if tree["status"] != "complete":
+                entry = {"id": tree["problem_id"], "status": tree["status"], "reason": tree["reason"]}
+                self.unfinished.append(entry)
+            yield tree
+
+    def report(self, run: Any, bad_problems: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+        """
+        The summary, as plain data.
+
+        Args:
+            run ([`~mm_prm.annotation.Progress`]):
+                The last progress of the run.
+            bad_problems (`Sequence[Mapping[str, str]]`):
+                `id` and `reason` of each problem that was left out when the problems were read.
+        """
+        left_out = [{"id": entry["id"], "status": "skipped", "reason": entry["reason"]} for entry in bad_problems]
+        labels = self.labels
+        return {
+            "problems": self.trees.total() + len(left_out),
+            "trees": {
+                "complete": self.trees["complete"],
+                "failed": self.trees["failed"],
+                "skipped": self.trees["skipped"] + len(left_out),
+                "from_journal": run.trees_from_journal,
+            },
+            "nodes": self.nodes,
+            "labels": labels,
+            "rollouts": {
+                "total": self.cost["rollouts"],
+                **{verdict: self.verdicts[verdict] for verdict in ("right", "wrong", "unknown")},
+            },
+            "prompt_tokens": self.cost["prompt_tokens"],
+            "generated_tokens": self.cost["generated_tokens"],
+            "judge_calls": self.cost["judge_calls"],
+            "seconds": round(float(self.cost["seconds"]), 3),
+            "cost_per_label": {
+                name: round(self.cost[name] / labels, 3) if labels else None
+                for name in ("rollouts", "generated_tokens", "judge_calls", "seconds")
+            },
+            "this_run": {"rollouts": run.rollouts, "seconds": round(run.seconds, 3)},
+            "not_complete": left_out + self.unfinished,
+        }
+
+
+def print_summary(report: Mapping[str, Any], output: str) -> None:
+    """Print the summary of a run."""
+    trees, rollouts, cost = report["trees"], report["rollouts"], report["cost_per_label"]
+    print(
+        f"{report['problems']} problems: {trees['complete']} trees complete ({trees['from_journal']} from the journal), "
+        f"{trees['failed']} failed, {trees['skipped']} skipped"
+    )
+    print(
+        f"{rollouts['total']} rollouts: {rollouts['right']} right, {rollouts['wrong']} wrong, "
+        f"{rollouts['unknown']} unknown; {report['prompt_tokens']} prompt tokens, "
+        f"{report['generated_tokens']} generated tokens, {report['judge_calls']} judge calls"
+    )
+    print(f"{report['labels']} step labels in {report['nodes']} nodes, {report['seconds']:.1f} s", end="")
+    if report["labels"]:
+        print(
+            f"; each label cost {cost['rollouts']:.1f} rollouts, {cost['generated_tokens']:.0f} generated tokens, "
+            f"{cost['seconds']:.3f} s",
+            end="",
+        )
+    print(f"\nthis run: {report['this_run']['rollouts']} rollouts, {report['this_run']['seconds']:.1f} s")
+    for entry in report["not_complete"]:
+        print(f"{entry['status']}: {entry['id']}: {entry['reason']}")
+    print(f"trees: {output}")

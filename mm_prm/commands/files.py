@@ -1,0 +1,191 @@
+"""Files of rows that commands read and write: folders of `datasets`, parquet, JSON lines; and what lies beside them."""
+
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+
+from mm_prm.commands import InputError, reading_input
+from mm_prm.data.features import FEATURES, RowKind
+from mm_prm.settings import write_settings
+
+SUFFIXES = (".parquet", ".jsonl")
+
+_ROWS_AT_ONCE = 64
+
+
+def check_output(path: str) -> Path:
+    """
+    Refuse an output that could not be written, before the work and not after it.
+
+    Args:
+        path (`str`):
+            A new folder, or a `.parquet` or `.jsonl` file.
+    """
+    output = Path(path).expanduser()
+    if output.suffix in SUFFIXES:
+        if output.is_dir():
+            raise InputError(f"output: {output} is a folder; give a file or another folder")
+    elif output.suffix in (".json", ".csv", ".arrow", ".sqlite"):
+        raise InputError(f"output: {output}: rows are written to {' and '.join(SUFFIXES)} files and to folders")
+    elif output.is_file():
+        raise InputError(f"output: {output} is a file; give a folder, or a name that ends in {' or '.join(SUFFIXES)}")
+    elif output.is_dir() and any(output.iterdir()) and not (output / "dataset_info.json").exists():
+        raise InputError(f"output: the folder {output} holds something else than rows; give another")
+    with reading_input(str(output)):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    return output
+
+
+def write_settings_beside(output: Path, settings: Any) -> None:
+    """Write the settings of a run to `OUTPUT.settings.yaml`, which `--config` reads back."""
+    write_settings(output.parent, settings, f"{output.name}.settings.yaml")
+
+
+def write_json(path: str | None, content: Mapping[str, Any]) -> None:
+    """Write what a command prints as JSON, where `--output_json` asks for it."""
+    if path is not None:
+        file = Path(path).expanduser()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_rows(
+    kind: RowKind, rows: Iterable[Mapping[str, Any]], output: Path, order: Mapping[str, int] | None = None
+) -> int:
+    """
+    Write rows as they come, never holding all of them.
+
+    Args:
+        kind (`str`):
+            Kind of the rows.
+        rows (`Iterable[Mapping[str, Any]]`):
+            The rows.
+        output (`Path`):
+            Where to, see [`check_output`].
+        order (`Mapping[str, int]`, *optional*):
+            Place of each problem; the rows are sorted by it, so that the order in which they were finished does not
+            show.
+
+    Returns:
+        `int`: Number of rows.
+    """
+    schema = FEATURES[kind].arrow_schema
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+        spool = Path(folder) / "rows.arrow"
+        with pa.OSFile(str(spool), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for batch in _batches(rows):
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+        dataset = datasets.Dataset.from_file(str(spool))
+        if order is not None:
+            places = [order[problem_id] for problem_id in dataset["problem_id"]]
+            dataset = dataset.select(sorted(range(len(places)), key=places.__getitem__))
+        if output.suffix not in SUFFIXES:
+            dataset.save_to_disk(str(output))
+            return len(dataset)
+        part = Path(folder) / output.name
+        if output.suffix == ".parquet":
+            dataset.to_parquet(str(part))
+        else:
+            with part.open("w", encoding="utf-8") as lines:
+                for row in dataset:
+                    lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+        part.replace(output)  # readers never see half a file
+        return len(dataset)
+
+
+def _batches(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    batch: list[Mapping[str, Any]] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == _ROWS_AT_ONCE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def read_table(path: str) -> datasets.Dataset | list[dict[str, Any]]:
+    """
+    Read rows of any kind, unchecked: a folder written by `Dataset.save_to_disk`, or a parquet, JSON lines or JSON file.
+
+    Args:
+        path (`str`):
+            The file or folder.
+    """
+    source = Path(path).expanduser()
+    with reading_input(str(source)):
+        if source.is_dir():
+            dataset = datasets.load_from_disk(str(source))
+            if isinstance(dataset, datasets.DatasetDict):
+                raise InputError(f"{source}: holds the splits {', '.join(dataset)}; give one, as {source}/NAME")
+            return dataset
+        if not source.exists():
+            raise InputError(f"{source}: there is no such file or folder")
+        if source.suffix == ".parquet":
+            try:
+                table = pa.parquet.read_table(source, memory_map=True)
+            except pa.ArrowException as error:
+                raise InputError(f"{source}: broken parquet file: {error}") from error
+            return datasets.Dataset(table)
+        if source.suffix == ".jsonl":
+            with source.open(encoding="utf-8") as lines:
+                return [
+                    _parse(line, f"{source}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
+                ]
+        if source.suffix == ".json":
+            rows = _parse(source.read_text(encoding="utf-8"), str(source))
+            if not isinstance(rows, list):
+                raise InputError(f"{source}: must be a list of rows")
+            return rows
+    raise InputError(f"{source}: rows are read from folders and from {', '.join((*SUFFIXES, '.json'))} files")
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{place}: broken JSON, line {error.lineno}, column {error.colno}: {error.msg}") from error
+
+
+def read_trees(path: str) -> Iterable[Mapping[str, Any]]:
+    """
+    Read trees, from a journal too.
+
+    Args:
+        path (`str`):
+            What [`read_table`] reads, or the journal of an annotation, which may be running (`.sqlite`).
+    """
+    if not path.endswith(".sqlite"):
+        return read_table(path)
+    return _journal_trees(path)
+
+
+def _journal_trees(path: str) -> Iterator[Mapping[str, Any]]:
+    from mm_prm.annotation.journal import Journal, JournalError
+
+    settings: dict[str, str] = {}
+    try:
+        with Journal(Path(path).expanduser(), read_only=True) as journal:
+            for tree in journal:
+                if tree["problem_id"] in settings:
+                    raise InputError(
+                        f"{path}: holds several trees of problem {tree['problem_id']!r}, of runs with other settings or "
+                        "models; give the output of `mm-prm annotate` instead of its journal"
+                    )
+                settings[tree["problem_id"]] = tree["settings"]
+                yield tree
+    except JournalError as error:
+        raise InputError(str(error)) from error
+
+
+def columns_of(rows: datasets.Dataset | Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the columns of a table."""
+    if isinstance(rows, datasets.Dataset):
+        return rows.column_names
+    return list(rows[0]) if rows and isinstance(rows[0], Mapping) else []

@@ -1,0 +1,135 @@
+"""`mm-prm train`: stepwise rows in, a process reward model out.
+
+mm-prm train --config train.yaml
+accelerate launch -m mm_prm.trainer --config train.yaml
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from mm_prm.commands import InputError, reading_input
+from mm_prm.settings import parse_settings, write_settings
+
+if TYPE_CHECKING:
+    import datasets
+
+    from mm_prm.trainer import PRMConfig
+
+
+@dataclass
+class TrainSettings:
+    """
+    What a process reward model is trained from.
+
+    Args:
+        rows (`str`):
+            Stepwise rows: a folder, a .parquet or a .jsonl file, as `mm-prm rows` writes them.
+        model (`str`, *optional*, defaults to `"mini-policy"`):
+            Model to start from, a policy or a process reward model: a folder, a Hub repository, mini-policy or mini-prm.
+        problems (`str`, *optional*):
+            Problems of the rows, for their images; see `mm-prm annotate`. Not needed for rows without images.
+        eval_rows (`str`, *optional*):
+            Rows to evaluate on.
+        eval_problems (`str`, *optional*):
+            Problems of the rows to evaluate on. Those of the training rows if not given.
+        image_root (`str`, *optional*):
+            Folder within which image paths of the problems lie. The file's own folder if not given.
+        on_bad_row (`str`, *optional*, defaults to `"raise"`):
+            At a problem that cannot be used: stop, or leave it out.
+        output_json (`str`, *optional*):
+            Write the metrics there, too.
+    """
+
+    rows: str
+    model: str = "mini-policy"
+    problems: str | None = None
+    eval_rows: str | None = None
+    eval_problems: str | None = None
+    image_root: str | None = None
+    on_bad_row: Literal["raise", "skip"] = "raise"
+    output_json: str | None = None
+
+
+def main(args: Sequence[str], prog: str) -> int:
+    """Run the command; returns its exit status."""
+    from mm_prm.trainer.prm_config import PRMConfig
+
+    settings, config = parse_settings(
+        (TrainSettings, PRMConfig), args, prog=prog, description="Train a process reward model on stepwise rows."
+    )
+    return run(settings, config)
+
+
+def run(settings: TrainSettings, config: "PRMConfig") -> int:
+    """Train, save the model and print the metrics."""
+    from mm_prm.commands.files import write_json
+    from mm_prm.embedded import model_path
+    from mm_prm.trainer import PRMTrainer
+
+    rows = _read(settings.rows, settings.problems, settings)
+    eval_rows = None
+    if settings.eval_rows is not None:
+        eval_rows = _read(settings.eval_rows, settings.eval_problems or settings.problems, settings)
+    elif config.eval_strategy != "no":
+        raise InputError(f"eval_strategy: {config.eval_strategy} needs eval_rows")
+    with reading_input(f"model {settings.model}"):
+        trainer = PRMTrainer(model_path(settings.model), config, train_dataset=rows, eval_dataset=eval_rows)
+    if trainer.is_world_process_zero():
+        write_settings(str(config.output_dir), (settings, config))
+    _log_lines(trainer)
+    metrics: dict[str, Any] = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint).metrics
+    if eval_rows is not None:
+        metrics |= trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        write_json(settings.output_json, metrics)
+        for name, value in metrics.items():
+            print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+        print(f"model: {config.output_dir}")
+    return 0
+
+
+def _read(path: str, problems_path: str | None, settings: TrainSettings) -> "datasets.Dataset | list[dict[str, Any]]":
+    """Read rows, and join their problems' images."""
+    from mm_prm.commands.files import columns_of, read_table
+    from mm_prm.data import join_problems, load_problems
+    from mm_prm.data.features import validate_rows
+
+    rows = read_table(path)
+    if problems_path is None or "images" in columns_of(rows):
+        return rows
+    with reading_input(path):
+        validate_rows("stepwise", rows)
+    with reading_input(problems_path):
+        problems, _ = load_problems(problems_path, image_root=settings.image_root, on_bad_row=settings.on_bad_row)
+        return join_problems(rows, problems)
+
+
+def _log_lines(trainer: Any) -> None:
+    """Without a terminal, print a line for each log instead of bars and dictionaries."""
+    if sys.stderr.isatty():
+        return
+    import time
+
+    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+    class LogLines(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.began, self.first_step = time.monotonic(), state.global_step
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if not state.is_world_process_zero:
+                return
+            numbers = [f"{name} {value:.4g}" for name, value in (logs or {}).items() if isinstance(value, float)]
+            line = f"train: {state.global_step}/{state.max_steps}, " + ", ".join(numbers)
+            if self.first_step < state.global_step < state.max_steps:
+                seconds = (time.monotonic() - self.began) / (state.global_step - self.first_step)
+                line += f", {seconds * (state.max_steps - state.global_step):.0f} s left"
+            print(line, file=sys.stderr, flush=True)
+
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(LogLines())
