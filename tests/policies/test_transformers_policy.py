@@ -106,14 +106,17 @@ def bend(model):
 
 class TestSampling:
     def test_rollouts_do_not_depend_on_their_company(self, model, processor, bend):
-        bend(**{f"t{processor.tokenizer.eos_token_id}": 3.0})
+        bend(**{f"t{processor.tokenizer.eos_token_id}": 1.5})
         asked = [request(problem, prefix, num_rollouts=5, seed=100 * i) for i, (problem, prefix) in enumerate(MIXED)]
-        together = TransformersPolicy(model, processor, max_new_tokens=20).generate(asked)
+        together = TransformersPolicy(model, processor, max_new_tokens=40).generate(asked)
         lengths = {rollout.num_tokens for generation in together for rollout in generation.rollouts}
         assert len(lengths) > 5  # rows ended at different times, so rows were removed
-        apart = TransformersPolicy(model, processor, max_new_tokens=20, batch_size=2)
+        apart = TransformersPolicy(model, processor, max_new_tokens=40, batch_size=2)
         for generation, alone in zip(together, asked, strict=True):
-            assert texts(generation) == texts(apart.generate([alone])[0])
+            separate = apart.generate([alone])[0]
+            assert texts(generation) == texts(separate)
+            for rollout, other in zip(generation.rollouts, separate.rollouts, strict=True):
+                assert rollout.logprob == pytest.approx(other.logprob, abs=1e-3)
 
     def test_seeds_decide(self, model, processor):
         policy = TransformersPolicy(model, processor, max_new_tokens=12)
