@@ -2,34 +2,36 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from .two_processes import train
 
-def _train(model_path, folder, num_processes, batch_size):
+
+def _train_in_two_processes(model_path, output_file, batch_size, folder):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    output = folder / f"{num_processes}.safetensors"
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={num_processes}", f"--master-port={port}"]
-    script = ["-m", "tests.invariant.two_processes", model_path, str(output), str(batch_size), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    script = ["-m", "tests.invariant.two_processes", model_path, str(output_file), str(batch_size), str(folder)]
     result = subprocess.run(
-        [sys.executable, *(launcher if num_processes > 1 else []), *script],
-        env=environment,
+        [sys.executable, *launcher, *script],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    return load_file(output)
 
 
 def test_one_process_equals_two(tiny_prm_path, tmp_path):
     # The halves of a batch hold different weights of labels: averaging their means would differ
-    one = _train(tiny_prm_path, tmp_path, num_processes=1, batch_size=8)
-    two = _train(tiny_prm_path, tmp_path, num_processes=2, batch_size=4)
+    train(tiny_prm_path, str(tmp_path / "one.safetensors"), batch_size=8, output_dir=str(tmp_path))
+    _train_in_two_processes(tiny_prm_path, tmp_path / "two.safetensors", batch_size=4, folder=tmp_path)
+    one, two = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "two.safetensors")
     torch.testing.assert_close(one.pop("numbers"), two.pop("numbers"), rtol=1e-5, atol=1e-6)
     assert one.keys() == two.keys()
     for name, value in one.items():

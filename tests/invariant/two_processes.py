@@ -1,4 +1,4 @@
-"""One training step on the toy task; the weights go to the file named on the command line."""
+"""Two training steps on the toy task; the weights go to the file named on the command line."""
 
 import sys
 
@@ -10,12 +10,11 @@ from mm_prm.trainer import PRMConfig, PRMTrainer
 from ..trainer.toy import toy_rows
 
 
-def main() -> None:
-    model_path, output_file, batch_size, output_dir = sys.argv[1:]
+def train(model_path: str, output_file: str, batch_size: int, output_dir: str) -> None:
     torch.set_num_threads(1)
     args = PRMConfig(
         output_dir,
-        per_device_train_batch_size=int(batch_size),
+        per_device_train_batch_size=batch_size,
         max_steps=2,
         optim="sgd",
         learning_rate=1.0,
@@ -39,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    train(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
