@@ -21,4 +21,4 @@ def reading_input(name: str = "") -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         message = " ".join(str(error).split())
-        raise InputError(message if name in message else f"{name}: {message}") from error
+        raise InputError(message if name in message.split(":")[0] else f"{name}: {message}") from error

@@ -3,6 +3,7 @@
 mm-prm annotate --problems problems.json --policy path/to/policy --output trees --journal trees.journal.sqlite
 """
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,10 +121,11 @@ def run(settings: AnnotateSettings, config: AnnotationConfig) -> int:
     from mm_prm.judges.rules import RulesJudge
     from mm_prm.policies.transformers import TransformersPolicy
 
-    path = model_path(settings.policy)
+    with reading_input("policy"):
+        path = model_path(settings.policy)
 
     def open_policy() -> TransformersPolicy:
-        with reading_input(f"policy {settings.policy}"):
+        with reading_input("policy"):
             return TransformersPolicy.from_pretrained(
                 path,
                 device=settings.policy_device,
@@ -132,18 +134,21 @@ def run(settings: AnnotateSettings, config: AnnotationConfig) -> int:
             )
 
     judge_settings = {"timeout_seconds": settings.judge_timeout_seconds}
+    journal_path = settings.journal or f"{output}.journal.sqlite"
     last = Progress()
+    summary = Summary()
     try:
         with (
-            Journal(settings.journal or f"{output}.journal.sqlite") as journal,
+            Journal(journal_path) as journal,
             ProgressBar("annotate", len(problems)) as bar,
         ):
 
             def show(progress: Progress) -> None:
                 nonlocal last
                 last = progress
-                note = f"{progress.trees_in_flight} trees growing, {progress.rollouts} rollouts"
-                bar.update(progress.trees_done, note, free=progress.trees_from_journal)
+                growing = progress.trees_in_flight
+                note = f"{growing} trees growing, {progress.rollouts} rollouts"
+                bar.update(progress.trees_done, note, underway=growing, free=progress.trees_from_journal)
 
             trees = annotate(
                 problems,
@@ -155,11 +160,17 @@ def run(settings: AnnotateSettings, config: AnnotationConfig) -> int:
                 policy_identity=describe(TransformersPolicy.from_pretrained, path, settings.policy_settings()),
                 judge_identity=describe(RulesJudge, None, judge_settings),
             )
-            summary = Summary()
             places = {problem_id: place for place, problem_id in enumerate(problems["id"])}
             write_rows("tree", summary.watch(trees), output, places)
     except JournalError as error:
         raise InputError(str(error)) from error
+    except KeyboardInterrupt:
+        done = summary.trees["complete"]
+        print(
+            f"interrupted; {done} trees are in {journal_path}, and the same command goes on after them",
+            file=sys.stderr,
+        )
+        return 130
     report = summary.report(last, bad_problems)
     write_json(settings.output_json, report)
     print_summary(report, settings.output)
@@ -173,6 +184,7 @@ class Summary:
         self.trees: Counter[str] = Counter()
         self.cost: Counter[str] = Counter()
         self.verdicts: Counter[str] = Counter()
+        self.statuses: Counter[str] = Counter()
         self.labels = 0
         self.nodes = 0
         self.unfinished: list[dict[str, str]] = []
@@ -183,6 +195,7 @@ class Summary:
             self.trees[tree["status"]] += 1
             self.cost.update(tree["cost"])
             self.verdicts.update(rollout["verdict"] for rollout in tree["rollouts"])
+            self.statuses.update(rollout["status"] for rollout in tree["rollouts"])
             self.nodes += len(tree["nodes"])
             # The root says how hard the problem is; every other measured node labels a step.
             self.labels += sum(node["num_judged"] > 0 for node in tree["nodes"][1:])
@@ -216,6 +229,8 @@ class Summary:
             "rollouts": {
                 "total": self.cost["rollouts"],
                 **{verdict: self.verdicts[verdict] for verdict in ("right", "wrong", "unknown")},
+                "cut_by_max_new_tokens": self.statuses["length"],
+                "unparsable": self.statuses["unparsable"],
             },
             "prompt_tokens": self.cost["prompt_tokens"],
             "generated_tokens": self.cost["generated_tokens"],
@@ -239,7 +254,8 @@ def print_summary(report: Mapping[str, Any], output: str) -> None:
     )
     print(
         f"{rollouts['total']} rollouts: {rollouts['right']} right, {rollouts['wrong']} wrong, "
-        f"{rollouts['unknown']} unknown; {report['prompt_tokens']} prompt tokens, "
+        f"{rollouts['unknown']} unknown (of which {rollouts['cut_by_max_new_tokens']} were cut at "
+        f"policy_max_new_tokens and {rollouts['unparsable']} hold no steps); {report['prompt_tokens']} prompt tokens, "
         f"{report['generated_tokens']} generated tokens, {report['judge_calls']} judge calls"
     )
     print(f"{report['labels']} step labels in {report['nodes']} nodes, {report['seconds']:.1f} s", end="")

@@ -110,13 +110,15 @@ def _batches(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, An
         yield batch
 
 
-def read_table(path: str) -> datasets.Dataset | list[dict[str, Any]]:
+def read_table(path: str, key: str = "") -> datasets.Dataset | list[dict[str, Any]]:
     """
     Read rows of any kind, unchecked: a folder written by `Dataset.save_to_disk`, or a parquet, JSON lines or JSON file.
 
     Args:
         path (`str`):
             The file or folder.
+        key (`str`, *optional*, defaults to `""`):
+            Key under which a JSON file may hold the list of rows beside other things.
     """
     source = Path(path).expanduser()
     with reading_input(str(source)):
@@ -140,6 +142,8 @@ def read_table(path: str) -> datasets.Dataset | list[dict[str, Any]]:
                 ]
         if source.suffix == ".json":
             rows = _parse(source.read_text(encoding="utf-8"), str(source))
+            if isinstance(rows, dict) and key in rows:
+                rows = rows[key]
             if not isinstance(rows, list):
                 raise InputError(f"{source}: must be a list of rows")
             return rows

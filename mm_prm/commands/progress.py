@@ -4,6 +4,9 @@ import sys
 import time
 from types import TracebackType
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
 # Without a terminal, a line after at least so many seconds.
 _SECONDS_PER_LINE = 15.0
 
@@ -21,31 +24,20 @@ class ProgressBar:
 
     def __init__(self, name: str, total: int):
         self.name, self.total = name, total
-        self._bar = None
         self._began = self._last_line = time.monotonic()
-        self._task = 0
         self._finished = False
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        console = Console(stderr=True)
+        self._bar = Progress(
+            *columns, TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal
+        )
+        self._task = self._bar.add_task(name, total=total, note="")
 
     def __enter__(self) -> "ProgressBar":
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeElapsedColumn,
-                TimeRemainingColumn,
-            )
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-            self._bar = Progress(*columns, *times, console=Console(stderr=True), speed_estimate_period=600)
-            self._bar.start()
-            self._task = self._bar.add_task(self.name, total=self.total, note="")
+        self._bar.start()
         return self
 
-    def update(self, done: int, note: str = "", free: int = 0) -> None:
+    def update(self, done: int, note: str = "", underway: int = 0, free: int = 0) -> None:
         """
         Say how far it is.
 
@@ -54,22 +46,29 @@ class ProgressBar:
                 Number of things done.
             note (`str`, *optional*, defaults to `""`):
                 Shown after it.
+            underway (`int`, *optional*, defaults to `0`):
+                Number of things begun; they count as half done where the time left is estimated.
             free (`int`, *optional*, defaults to `0`):
-                Number of these that cost no time, and say nothing of the time left.
+                Number of things done that cost no time.
         """
-        if self._bar is not None:
+        seconds = time.monotonic() - self._began
+        note = ", ".join(part for part in (self._time_left(seconds, done - free + underway / 2, free), note) if part)
+        if not self._bar.disable:
             self._bar.update(self._task, completed=done, note=note)
             return
-        now = time.monotonic()
         is_last = done == self.total and not self._finished
-        if now - self._last_line < _SECONDS_PER_LINE and not is_last:
+        if time.monotonic() - self._last_line < _SECONDS_PER_LINE and not is_last:
             return
-        self._last_line, self._finished = now, done == self.total
-        seconds = now - self._began
-        left = f"{seconds / (done - free) * (self.total - done):.0f} s left" if done > free else "time left unknown"
-        parts = [f"{self.name}: {done}/{self.total}", f"{seconds:.0f} s, {left}", note]
-        print(", ".join(part for part in parts if part), file=sys.stderr, flush=True)
+        self._last_line, self._finished = time.monotonic(), done == self.total
+        print(f"{self.name}: {done}/{self.total}, {seconds:.0f} s, {note}".rstrip(", "), file=sys.stderr, flush=True)
+
+    def _time_left(self, seconds: float, worked: float, free: int) -> str:
+        if worked <= 0:
+            return ""
+        left = round(max(0.0, self.total - free - worked) * seconds / worked)
+        minutes, seconds_left = divmod(left, 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{seconds_left:02d} left"
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()

@@ -74,7 +74,7 @@ def run(settings: TrainSettings, config: "PRMConfig") -> int:
         eval_rows = _read(settings.eval_rows, settings.eval_problems or settings.problems, settings)
     elif config.eval_strategy != "no":
         raise InputError(f"eval_strategy: {config.eval_strategy} needs eval_rows")
-    with reading_input(f"model {settings.model}"):
+    with reading_input("model"):
         trainer = PRMTrainer(model_path(settings.model), config, train_dataset=rows, eval_dataset=eval_rows)
     if trainer.is_world_process_zero():
         write_settings(str(config.output_dir), (settings, config))

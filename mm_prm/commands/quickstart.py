@@ -1,0 +1,14 @@
+"""`mm-prm quickstart`: the whole path on the embedded mini world, with a report."""
+
+from collections.abc import Sequence
+
+from mm_prm.settings import parse_settings
+
+
+def main(args: Sequence[str], prog: str) -> int:
+    """Run the command; returns its exit status."""
+    from mm_prm.quickstart import QuickstartConfig, run_quickstart
+
+    description = "Annotate, train, score and choose on the embedded mini world, and write a report."
+    run_quickstart(parse_settings(QuickstartConfig, args, prog=prog, description=description))
+    return 0
