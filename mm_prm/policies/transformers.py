@@ -111,7 +111,8 @@ class TransformersPolicy:
             path (`str`):
                 Folder or Hub repository.
             dtype (`str` or `torch.dtype`, *optional*):
-                Type of the weights; that of the checkpoint by default.
+                Type of the weights. By default that of the checkpoint on a GPU, and float32 on a CPU, where many
+                processors have no bfloat16 arithmetic and compute it several times slower.
             device (`str` or `torch.device`, *optional*):
                 Where to compute; the GPU by default if there is one.
             settings:
@@ -119,8 +120,11 @@ class TransformersPolicy:
         """
         reads_images = type(AutoConfig.from_pretrained(path)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         model_class = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
-        model: Any = model_class.from_pretrained(path, dtype=dtype or "auto")
-        model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model: Any = model_class.from_pretrained(
+            path, dtype=dtype or (torch.float32 if device.type == "cpu" else "auto")
+        )
+        model.to(device)
         return cls(model, AutoProcessor.from_pretrained(path), **settings)
 
     def generate(self, requests: Sequence[tuple[Problem, RolloutRequest]]) -> list[Generation]:

@@ -258,6 +258,11 @@ class TestSettings:
         assert policy.model.dtype == torch.bfloat16
         assert len(policy.generate([request(tiny_problem(1), STEPS, 3)])[0].rollouts) == 3
 
+        policy.model.save_pretrained(tmp_path / "half")
+        policy.prompts.processor.save_pretrained(tmp_path / "half")
+        on_cpu = TransformersPolicy.from_pretrained(str(tmp_path / "half"), device="cpu")
+        assert on_cpu.model.dtype == torch.float32
+
         tokenizer = build_tiny_tokenizer()
         tokenizer.chat_template = CHAT_TEMPLATE
         config = Qwen2Config(
