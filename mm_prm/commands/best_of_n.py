@@ -102,6 +102,8 @@ def read_columns(path: str) -> dict[str, list[Any]]:
             )
         for name in columns:
             columns[name].append(named.get(name))
+    if not columns["correct"]:
+        raise InputError(f"{path}: there are no rows")
     return {name: values for name, values in columns.items() if any(values)}
 
 

@@ -64,6 +64,8 @@ def main(args: Sequence[str], prog: str) -> int:
 
 def run(settings: TrainSettings, config: "PRMConfig") -> int:
     """Train, save the model and print the metrics."""
+    from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+
     from mm_prm.commands.files import write_json
     from mm_prm.embedded import model_path
     from mm_prm.trainer import PRMTrainer
@@ -73,13 +75,16 @@ def run(settings: TrainSettings, config: "PRMConfig") -> int:
     if settings.eval_rows is not None:
         eval_rows = _read(settings.eval_rows, settings.eval_problems or settings.problems, settings)
     elif config.eval_strategy != "no":
-        raise InputError(f"eval_strategy: {config.eval_strategy} needs eval_rows")
+        raise InputError(f"eval_strategy: {IntervalStrategy(config.eval_strategy).value} needs eval_rows")
     with reading_input("model"):
         trainer = PRMTrainer(model_path(settings.model), config, train_dataset=rows, eval_dataset=eval_rows)
     if trainer.is_world_process_zero():
         write_settings(str(config.output_dir), (settings, config))
     _log_lines(trainer)
-    metrics: dict[str, Any] = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint).metrics
+    checkpoint = config.resume_from_checkpoint
+    if checkpoint == "last":
+        checkpoint = get_last_checkpoint(str(config.output_dir))
+    metrics: dict[str, Any] = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if eval_rows is not None:
         metrics |= trainer.evaluate()
     trainer.save_model()
