@@ -1,10 +1,9 @@
 # make test         the checks and the tests, in an environment made from nothing (Python 3.11 or later, pip)
-# make quickstart   the whole path on the embedded mini world; OUTPUT_DIR says where the report goes
+# make quickstart   the whole path on the embedded mini world; ARGS='--output_dir elsewhere' and other settings
 # make lint, make wheel
 
 PYTHON ?= python3
 VENV ?= .venv
-OUTPUT_DIR ?= quickstart
 BIN := $(VENV)/bin
 
 .PHONY: test lint quickstart wheel clean
@@ -17,7 +16,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 quickstart: $(VENV)/.installed
-	$(BIN)/mm-prm quickstart --output_dir $(OUTPUT_DIR)
+	$(BIN)/mm-prm quickstart $(ARGS)
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -14,9 +14,11 @@ import yaml
 from PIL import Image
 
 from mm_prm import __version__
-from mm_prm.annotation import Generation, Journal, Rollout
+from mm_prm.annotation import AnnotationConfig, Generation, Journal, MCTSAnnotator, Rollout
 from mm_prm.cli import COMMANDS, main
-from mm_prm.data import validate_rows
+from mm_prm.commands.annotate import AnnotateSettings
+from mm_prm.data import load_problems, validate_rows
+from mm_prm.settings import parse_settings
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -201,6 +203,22 @@ def test_trees_come_in_the_order_of_the_problems_in_every_kind_of_file(policy, p
 
 def without_seconds(trees):
     return [{**tree, "cost": {**tree["cost"], "seconds": 0}} for tree in trees]
+
+
+def test_map_takes_what_the_command_line_has_annotated_from_the_journal(policy, problems_file):
+    assert annotate("--problems", problems_file, "--output", "trees") == 0
+    settings = parse_settings(AnnotateSettings, ["--problems", "unused", "--output", "unused"])
+    annotator = MCTSAnnotator(
+        "mini-policy",
+        AnnotationConfig(num_rollouts=4, rollout_budget=12),
+        "trees.journal.sqlite",
+        settings.policy_settings(),
+        {"timeout_seconds": settings.judge_timeout_seconds},
+    )
+    problems, _ = load_problems(problems_file)
+    trees = problems.map(annotator, batched=True, remove_columns=problems.column_names, features=annotator.features)
+    assert trees.to_list() == datasets.load_from_disk("trees").to_list()
+    assert len(policy.settings) == 1  # not opened again
 
 
 def test_problems_that_fail_are_listed_and_the_exit_status_says_so(policy, problems_file, capsys):

@@ -26,13 +26,14 @@ class MCTSAnnotator:
 
     Args:
         policy (`str` or `os.PathLike`):
-            Checkpoint of the policy: a local folder, or a name on the Hub.
+            Checkpoint of the policy: a local folder, a name on the Hub, or `"mini-policy"` for the embedded one.
         config ([`AnnotationConfig`], *optional*):
             Settings of the annotation.
         journal (`str` or `os.PathLike`, *optional*):
             Journal in which finished trees are kept.
         policy_settings (`Mapping`, *optional*):
-            Further arguments of `open_policy`, values that JSON can hold.
+            Further arguments of `open_policy`, values that JSON can hold. They are part of the journal's key; those of
+            the command line are `AnnotateSettings(...).policy_settings()` in `mm_prm.commands.annotate`.
         judge_settings (`Mapping`, *optional*):
             Arguments of `open_judge`, values that JSON can hold.
         open_policy (`Callable`, *optional*, defaults to `TransformersPolicy.from_pretrained`):
@@ -88,19 +89,20 @@ class MCTSAnnotator:
         return {column: [rows[index][column] for index in range(len(problems))] for column in TREE_FEATURES}
 
     def _open(self) -> Annotation:
-        open_policy, open_judge = self.open_policy, self.open_judge
+        policy, open_policy, open_judge = self.policy, self.open_policy, self.open_judge
         if open_policy is None:
+            from mm_prm.embedded import model_path
             from mm_prm.policies.transformers import TransformersPolicy
 
-            open_policy = TransformersPolicy.from_pretrained
+            policy, open_policy = model_path(policy), TransformersPolicy.from_pretrained
         if open_judge is None:
             from mm_prm.judges.rules import RulesJudge
 
             open_judge = RulesJudge
         return Annotation(
-            partial(open_policy, self.policy, **self.policy_settings),
+            partial(open_policy, policy, **self.policy_settings),
             partial(open_judge, **self.judge_settings),
             self.config,
-            policy_identity=describe(open_policy, self.policy, self.policy_settings),
+            policy_identity=describe(open_policy, policy, self.policy_settings),
             judge_identity=describe(open_judge, None, self.judge_settings),
         )
