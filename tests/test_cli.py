@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import runpy
 import subprocess
 import sys
@@ -618,8 +619,5 @@ def test_a_bar_with_the_time_left_on_a_terminal():
 
 
 def test_lines_without_a_terminal():
-    run = run_python(PROGRESS)
-    assert run.stderr.splitlines() == ["count: 4/4, 0 s, 0:00:00 left, 4 apples"] or run.stderr.startswith(
-        "count: 4/4, "
-    )
-    assert "\x1b" not in run.stderr
+    [line] = run_python(PROGRESS).stderr.splitlines()
+    assert re.fullmatch(r"count: 4/4, \d+ s, 0:00:00 left, 4 apples", line)
