@@ -3,6 +3,7 @@
 #
 #   recipes/mini/run.sh                                    everything, with the policy trained anew
 #   POLICY=mini-policy recipes/mini/run.sh annotation rows prm evaluation table      from the shipped policy on
+#   POLICY=mini-policy recipes/mini/run.sh shipped_trees rows prm evaluation table   from the shipped trees on
 #
 # Made for one GPU and a dozen cores (about 15 minutes). PROBLEMS, JOBS, TRAIN and SCALE make it smaller: with
 # PROBLEMS=24 JOBS=1 TRAIN='--max_steps 2 --per_device_train_batch_size 4' SCALE=0.01 it passes on two cores.
@@ -47,6 +48,10 @@ for stage in $stages; do
         done
       done
       finish ;;
+    shipped_trees)
+      cp "$here"/trees/*.parquet "$out/trees/"
+      cp "$(python3 -c 'from mm_prm.embedded import embedded_path; print(embedded_path("mini_trees.parquet"))')" \
+        "$out/trees/omegaprm.0.parquet" ;;
     rows)
       python3 "$here/make_rows.py" "$out" ;;
     prm)
