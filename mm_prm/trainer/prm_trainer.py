@@ -24,6 +24,7 @@ from .collator import ROW_KEYS, DataCollatorForProcessReward
 from .metrics import step_metrics
 from .prm_config import PRMConfig
 from .rows import RowView, prepare_rows
+from .sampler import SortedStepSampler
 
 Rows: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
 
@@ -151,6 +152,15 @@ class PRMTrainer(_BaseTrainer):
     def _send_telemetry(self) -> None:
         # TRL counts runs of its own trainers over the network; ours stay here.
         return None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        args = cast(PRMConfig, self.args)
+        rows = train_dataset if train_dataset is not None else self.train_dataset
+        if args.gradient_accumulation_steps == 1 or args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return SortedStepSampler(rows.text_lengths(), step_size, seed)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

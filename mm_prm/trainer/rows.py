@@ -11,7 +11,6 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..data.features import RowError
-from ..data.text import IMAGE_MARKER
 from ..models import ProcessRewardProcessor
 
 logger = logging.get_logger(__name__)
@@ -49,6 +48,13 @@ class RowView:
         else:
             rows = [dict(self.rows[number]) for number in numbers]
         return [{**row, "row_index": number} for row, number in zip(rows, numbers, strict=True)]
+
+    def text_lengths(self) -> list[int]:
+        """Characters of each row's question and steps."""
+        lengths = [
+            len(row["prompt"]) + sum(map(len, row["completions"])) for row in _rows_without_images(self.rows)
+        ]
+        return [lengths[number] for number in self.indices]
 
 
 def prepare_rows(
@@ -173,8 +179,6 @@ def _check_row(index: int, row: Mapping[str, Any], num_images: int, needs_num_ju
     prompt, steps, labels = (row[column] for column in _COLUMNS)
     if not isinstance(prompt, str) or not prompt.strip():
         fail("prompt", prompt, "must be the question as text")
-    if prompt.count(IMAGE_MARKER) > num_images:
-        fail("prompt", prompt, f"has {prompt.count(IMAGE_MARKER)} image markers, but the row has {num_images} images")
     if not isinstance(steps, list) or not steps:
         fail("completions", steps, "must be a list of at least one step")
     for number, step in enumerate(steps):
