@@ -75,7 +75,7 @@ class Scorer:
             pretrained_model_name_or_path (`str` or `os.PathLike`):
                 Folder or Hub repository.
             dtype (`torch.dtype` or `str`, *optional*):
-                Type of the weights; as saved if not given.
+                Type to compute in. If not given, float32 on a CPU, where bfloat16 is often slower, and as saved elsewhere.
             device (`torch.device` or `str`, *optional*):
                 Where to compute; the first GPU if there is one, else the CPU.
             kwargs:
@@ -85,9 +85,9 @@ class Scorer:
 
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: Any = AutoModelForProcessReward.from_pretrained(
-            pretrained_model_name_or_path, dtype="auto" if dtype is None else dtype
-        )
+        if dtype is None:
+            dtype = "float32" if torch.device(device).type == "cpu" else "auto"
+        model: Any = AutoModelForProcessReward.from_pretrained(pretrained_model_name_or_path, dtype=dtype)
         processor = ProcessRewardProcessor.from_pretrained(pretrained_model_name_or_path)
         return cls(model.to(device), processor, **kwargs)
 
