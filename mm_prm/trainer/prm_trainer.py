@@ -8,11 +8,19 @@ import datasets
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, DataCollator, PreTrainedModel, TrainerCallback, set_seed
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    DataCollator,
+    PreTrainedModel,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
+from ..hub import model_card
 from ..models import (
     AutoModelForProcessReward,
     ProcessRewardMixin,
@@ -27,6 +35,26 @@ from .rows import RowView, prepare_rows
 from .sampler import SortedStepSampler
 
 Rows: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
+
+# What a reader of the model card wants to know of a training
+_CARD_SETTINGS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "bf16",
+    "fp16",
+    "max_length",
+    "label_mode",
+    "hard_threshold",
+    "label_weighting",
+    "freeze_vision_tower",
+    "seed",
+)
 
 
 class PRMTrainer(_BaseTrainer):
@@ -248,42 +276,39 @@ class PRMTrainer(_BaseTrainer):
         model_name: str | None = None,
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
-        **kwargs,
+        license: str | None = None,
     ) -> None:
         """
-        Writes a short model card, without asking the network for anything.
+        Writes the model card into the output folder, without asking the network for anything.
 
         Args:
             model_name (`str`, *optional*):
-                Name of the model.
+                Name of the model. Defaults to the output folder's name.
             dataset_name (`str`, *optional*):
                 Name of the dataset it was trained on.
             tags (`str` or `list[str]`, *optional*):
                 Tags beside those of this trainer.
+            license (`str`, *optional*):
+                Licence of the model, as the Hub spells it.
         """
         if not self.is_world_process_zero():
             return
-        all_tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
         config, args = cast(PreTrainedModel, self.model).config, cast(PRMConfig, self.args)
-        folder = Path(str(args.output_dir))
-        lines = ["---", "library_name: transformers", "tags:", *[f"- {tag}" for tag in all_tags], "---", ""]
-        lines += [f"# {model_name or folder.name}", ""]
-        lines += [
-            "A process reward model: it reads a problem with its images and a solution step by step, and says after"
-        ]
-        lines += ["each step how likely it is that the reasoning is still right.", ""]
-        lines += [
-            f"- step token id: {config.step_token_id}, reward token ids (wrong, right): {config.reward_token_ids}"
-        ]
-        lines += [f"- trained on: {dataset_name}"] if dataset_name else []
-        lines += [f"- labels: {args.label_mode}, learning rate {args.learning_rate}", ""]
-        lines += [
-            "```python",
-            "from mm_prm.models import AutoModelForProcessReward, ProcessRewardProcessor",
-            "```",
-            "",
-        ]
-        (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+        folder, base_model = Path(str(args.output_dir)), str(config.name_or_path)
+        model_name = model_name or folder.resolve().name
+        settings = args.to_dict()
+        card = model_card(
+            model_name,
+            model_id=args.hub_model_id or model_name,
+            # Where a folder lies on this machine is nobody's business
+            base_model=Path(base_model).name if Path(base_model).is_dir() else base_model,
+            datasets=[dataset_name] if dataset_name else [],
+            license=license,
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            reads_images=type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+            settings={"num_processes": args.world_size} | {name: settings[name] for name in _CARD_SETTINGS},
+        )
+        card.save(folder / "README.md")
 
 
 def compute_step_metrics(prediction: EvalPrediction) -> dict[str, float]:
