@@ -5,12 +5,14 @@ from .creating import create_process_reward_model, prepare_model_for_process_rew
 from .loss import process_reward_loss
 from .modeling import ProcessRewardMixin, ProcessRewardOutput
 from .processing import ProcessRewardProcessor
+from .vision import batch_vision_attention
 
 __all__ = [
     "AutoModelForProcessReward",
     "ProcessRewardMixin",
     "ProcessRewardOutput",
     "ProcessRewardProcessor",
+    "batch_vision_attention",
     "create_process_reward_model",
     "is_process_reward_config",
     "prepare_model_for_process_reward",

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from .modeling import check_config, process_reward_class
+from .vision import batch_vision_attention
 
 STEP_TOKEN = "<prm>"
 # [wrong, right], the order of the logits
@@ -87,7 +88,7 @@ class AutoModelForProcessReward:
         if reward_token_ids is not None:
             config.reward_token_ids = list(reward_token_ids)
         kwargs.pop("trust_remote_code", None)
-        return process_reward_class(stock).from_pretrained(path, config=config, **kwargs)
+        return batch_vision_attention(process_reward_class(stock).from_pretrained(path, config=config, **kwargs))
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, **kwargs) -> PreTrainedModel:
@@ -105,7 +106,7 @@ class AutoModelForProcessReward:
             raise ValueError(
                 "the configuration has no `reward_token_ids`: set them to the ids of the tokens `No`, `Yes`"
             )
-        return process_reward_class(stock)._from_config(config, **kwargs)
+        return batch_vision_attention(process_reward_class(stock)._from_config(config, **kwargs))
 
 
 def is_process_reward_config(config: PreTrainedConfig) -> bool:

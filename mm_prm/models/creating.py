@@ -11,6 +11,7 @@ from transformers.utils import logging
 from .auto import _HUB_ARGUMENTS, REWARD_TOKENS, STEP_TOKEN, set_process_reward_config, stock_class
 from .modeling import ProcessRewardMixin, get_output_head, process_reward_class
 from .processing import ProcessRewardProcessor
+from .vision import batch_vision_attention
 
 logger = logging.get_logger(__name__)
 
@@ -98,7 +99,7 @@ def prepare_model_for_process_reward(
     if not isinstance(model, ProcessRewardMixin):
         model.__class__ = process_reward_class(type(model))
     cast(ProcessRewardMixin, model).install_reward_head()
-    return model
+    return batch_vision_attention(model)
 
 
 def _weight(module: torch.nn.Module) -> torch.Tensor:

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from mm_prm.annotation.protocols import Generation, Problem, Rollout, RolloutRequest, RolloutStatus
+from mm_prm.models import batch_vision_attention
 
 from .decoding import Completion, Sampling, decode
 from .prompts import Prompt, PromptBuilder
@@ -125,6 +126,7 @@ class TransformersPolicy:
             path, dtype=dtype or (torch.float32 if device.type == "cpu" else "auto")
         )
         model.to(device)
+        batch_vision_attention(model)
         return cls(model, AutoProcessor.from_pretrained(path), **settings)
 
     def generate(self, requests: Sequence[tuple[Problem, RolloutRequest]]) -> list[Generation]:
