@@ -33,7 +33,7 @@ class Scorer:
             Largest number of tokens of a batch, padding included.
         share_prefix (`bool`, *optional*, defaults to `True`):
             Whether candidates continue from their problem's cached prefix. Where an architecture does not support that
-            (checked on the first problem) each candidate is computed whole. Small models on fast devices do better
+            (checked on the first problem with images and on the first without) each candidate is computed whole. Small models on fast devices do better
             without: candidates of many problems then share a batch.
 
     Example:
@@ -56,7 +56,7 @@ class Scorer:
         self.processor = processor
         self.max_tokens = max_tokens
         self.share_prefix = share_prefix
-        self._prefix_checked = False
+        self._prefix_checked: set[bool] = set()  # with images, without
         pad_token_id = processor.tokenizer.pad_token_id
         self._padding = 0 if pad_token_id is None else pad_token_id
 
@@ -138,9 +138,11 @@ class Scorer:
         ]
 
     def _score_window(self, rows: list[Row]) -> Iterator[tuple[list[Row], list[list[float]]]]:
-        if self.share_prefix and not self._prefix_checked:
-            self.share_prefix = self._prefix_is_supported(rows[0])
-            self._prefix_checked = True
+        # With images and without, architectures count positions in different ways: one says nothing about the other.
+        has_images = bool(rows[0].images)
+        if self.share_prefix and len(rows) > 1 and has_images not in self._prefix_checked:
+            self._prefix_checked.add(has_images)
+            self.share_prefix = self._prefix_is_supported(rows[:2])
         if self.share_prefix and len(rows) > 1:
             yield from self._score_after_prefix(rows)
         else:
@@ -180,17 +182,22 @@ class Scorer:
             logits = self.model(input_ids=input_ids, past_key_values=branch_cache, use_cache=True, **positions).logits
             yield batch, self._step_scores(logits, step_mask)
 
-    def _prefix_is_supported(self, row: Row) -> bool:
-        """Compare both ways on one solution: some architectures have no cache, or positions of their own."""
-        whole = torch.tensor(self._score_whole([row]))
+    def _prefix_is_supported(self, rows: list[Row]) -> bool:
+        """Compare both ways on two solutions: some architectures have no cache, or positions of their own."""
+        whole = {row.steps: self._score_whole([row])[0] for row in rows}
         try:
-            [(_, after_prefix)] = self._score_after_prefix([row])
+            batches = list(self._score_after_prefix(rows))
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             logger.warning("%s cannot continue from a cached prefix (%s)", type(self.model).__name__, error)
             return False
-        deviation = (whole - torch.tensor(after_prefix)).abs().max().item()
+        deviation = max(
+            abs(score - expected)
+            for batch, scores in batches
+            for row, row_scores in zip(batch, scores, strict=True)
+            for score, expected in zip(row_scores, whole[row.steps], strict=True)
+        )
         if deviation > torch.finfo(self.model.dtype).eps ** 0.5:
             logger.warning(
                 "%s gives other scores after a cached prefix (by %.2g); each candidate is computed whole",

@@ -105,7 +105,7 @@ def test_images_of_a_problem_are_processed_once(scorer, problems, share_prefix, 
 
     monkeypatch.setattr(image_processor, "preprocess", counting_preprocess)
     fresh = Scorer(scorer.model, scorer.processor, share_prefix=share_prefix)
-    fresh._prefix_checked = True  # the check is one more pass
+    fresh._prefix_checked = {True, False}  # the check is one more pass
     hook = visual.register_forward_pre_hook(count_encoded, with_kwargs=True)
     try:
         fresh.score([problems[0], problems[4]], [CANDIDATES] * 2)
@@ -135,6 +135,30 @@ def test_architecture_that_cannot_share_a_prefix(scorer, problems, kind, message
     with caplog.at_level(logging.WARNING):
         scores = limited.score(problems, [CANDIDATES] * len(problems))
     assert not limited.share_prefix and message in caplog.text
+    torch.testing.assert_close(flat(scores), flat(expected), atol=1e-5, rtol=0)
+
+
+def test_the_prefix_is_checked_with_images_too(scorer, problems, monkeypatch):
+    """A first problem without images says nothing about positions after images."""
+    expected = Scorer(scorer.model, scorer.processor, share_prefix=False).score(problems, [CANDIDATES] * len(problems))
+    forward = scorer.model.forward
+    seen_images = False
+
+    def limited_forward(*args, past_key_values=None, pixel_values=None, **kwargs):
+        nonlocal seen_images
+        if past_key_values is None:
+            seen_images = pixel_values is not None
+        elif seen_images:  # begins to count positions anew
+            kwargs["position_ids"] = torch.arange(kwargs["input_ids"].shape[1]).expand(kwargs["input_ids"].shape)
+        return forward(*args, past_key_values=past_key_values, pixel_values=pixel_values, **kwargs)
+
+    monkeypatch.setattr(scorer.model, "forward", limited_forward)
+    limited = Scorer(scorer.model, scorer.processor)
+    first = limited.score([problems[1]], [CANDIDATES])
+    assert limited.share_prefix
+    scores = limited.score(problems, [CANDIDATES] * len(problems))
+    assert not limited.share_prefix
+    torch.testing.assert_close(flat(first), flat([expected[1]]), atol=1e-5, rtol=0)
     torch.testing.assert_close(flat(scores), flat(expected), atol=1e-5, rtol=0)
 
 
