@@ -85,10 +85,10 @@ def prepare_rows(
             f"the dataset is a {type(rows).__name__}; rows are checked before training, so it must be a datasets.Dataset "
             "or a list of rows"
         )
-    image_counts = list(_image_counts(rows))
+    _check_images(rows)
     labelled, measured = [], []
     for index, row in enumerate(_rows_without_images(rows)):
-        _check_row(index, row, image_counts[index], needs_num_judged)
+        _check_row(index, row, needs_num_judged)
         first = next((step for step, label in enumerate(row["labels"]) if label is not None), None)
         if first is not None:
             labelled.append(index)
@@ -130,18 +130,14 @@ def _rows_without_images(rows: datasets.Dataset | Sequence[Mapping[str, Any]]) -
         yield from rows
 
 
-def _image_counts(rows: datasets.Dataset | Sequence[Mapping[str, Any]]) -> Iterator[int]:
-    """Number of images of each row, after checking that all are there. Nothing is decoded."""
+def _check_images(rows: datasets.Dataset | Sequence[Mapping[str, Any]]) -> None:
+    """Checks that all images are there. Nothing is decoded."""
     if not isinstance(rows, datasets.Dataset):
         for index, row in enumerate(rows):
-            images = row.get("images") or []
-            for number, image in enumerate(images):
+            for number, image in enumerate(row.get("images") or []):
                 if not isinstance(image, Image.Image):
                     _check_image(index, number, image)
-            yield len(images)
-    elif "images" not in rows.column_names:
-        yield from [0] * len(rows)
-    else:
+    elif "images" in rows.column_names:
         start = 0
         for batch in rows.select_columns(["images"]).with_format("arrow").iter(batch_size=_READ_AT_ONCE):
             column = batch["images"].combine_chunks()
@@ -156,7 +152,6 @@ def _image_counts(rows: datasets.Dataset | Sequence[Mapping[str, Any]]) -> Itera
                     if not here[position + number]:
                         _check_image(start + offset, number, {"bytes": None, "path": paths[position + number]})
                 position += count
-            yield from counts
             start += len(counts)
 
 
@@ -168,7 +163,7 @@ def _check_image(index: int, number: int, image: Any) -> None:
         raise RowError("training", f"row {index}", field, image["path"], "there is no such file")
 
 
-def _check_row(index: int, row: Mapping[str, Any], num_images: int, needs_num_judged: bool) -> None:
+def _check_row(index: int, row: Mapping[str, Any], needs_num_judged: bool) -> None:
     def fail(field: str, value: Any, advice: str) -> None:
         problem = row.get("problem_id")
         raise RowError("training", f"row {index}" + (f" ({problem!r})" if problem else ""), field, value, advice)
@@ -182,8 +177,8 @@ def _check_row(index: int, row: Mapping[str, Any], num_images: int, needs_num_ju
     if not isinstance(steps, list) or not steps:
         fail("completions", steps, "must be a list of at least one step")
     for number, step in enumerate(steps):
-        if not isinstance(step, str):
-            fail(f"completions[{number}]", step, "must be text")
+        if not isinstance(step, str) or not step.strip():
+            fail(f"completions[{number}]", step, "must be text that is not empty")
     if not isinstance(labels, list) or len(labels) != len(steps):
         fail(
             "labels", labels, f"must hold one label for each of the {len(steps)} completions, null where there is none"

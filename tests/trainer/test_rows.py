@@ -25,6 +25,7 @@ def processor(tiny_prm_path):
         ({"labels": None}, "labels = None"),
         ({"completions": [], "labels": []}, r"completions = \[\]"),
         ({"completions": [None]}, r"completions\[0\] = None: must be text"),
+        ({"completions": [" \n"]}, r"completions\[0\] = ' .n': must be text that is not empty"),
         ({"prompt": " "}, "prompt = ' '"),
         ({"images": [None]}, r"images\[0\] = None: the image is missing"),
         ({"images": [{"path": "nowhere.png", "bytes": None}]}, r"images\[0\] = 'nowhere.png': there is no such file"),
