@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.data.data_collator import DataCollatorMixin
 
@@ -58,7 +59,9 @@ class DataCollatorForProcessReward(DataCollatorMixin):
 
     def _labels(self, labels: Sequence[float | None]) -> list[float | None]:
         if self.label_mode == "hard":
-            return [None if label is None else float(label > self.hard_threshold) for label in labels]
+            # As float32, in which files keep labels: 1 of 10 read from a file is above the float64 0.1.
+            threshold = np.float32(self.hard_threshold)
+            return [None if label is None else float(np.float32(label) > threshold) for label in labels]
         return [None if label is None else float(label) for label in labels]
 
     def _weights(self, step_mask: torch.Tensor, examples: list[Mapping[str, Any]]) -> torch.Tensor:
