@@ -6,6 +6,7 @@ Known are the ancestor's seed JSON (`id, question, correct_answer, image_path`; 
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -176,7 +177,9 @@ def _first(row: Mapping[str, Any], columns: Iterable[str]) -> Any:
 
 
 def _text(value: Any) -> Any:
-    """Strip text, write a number as text; anything else is left for the validator to refuse."""
+    """Strip text, write a number as text; anything else, NaN for a missing one too, is left for the validator to refuse."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     return value.strip() if isinstance(value, str) else value

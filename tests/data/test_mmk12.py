@@ -157,6 +157,7 @@ def bad_rows(folder):
         ({"id": "b8", **good, "choices": "AB"}, ["'b8'", "choices", "must be a list"], RowError),
         ({"id": "b9", "question": "half \ud800", "answer": "4"}, ["'b9'", "question", "surrogate"], RowError),
         ({"id": "b10", **good, "image_path": {"a": 1}}, ["'b10'", "give a path"], ImageError),
+        ({"id": "b12", "question": "x?", "answer": float("nan")}, ["'b12'", "answer", "must be text"], RowError),
         ({"id": "b11", **good, "answer": ["4"]}, ["'b11'", "answer"], RowError),
         ("just text", ["of problems.json", "just text"], RowError),
     ]
