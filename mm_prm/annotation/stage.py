@@ -20,7 +20,7 @@ class MCTSAnnotator:
     Adds the columns of a tree to each problem.
 
     A thin view of [`annotate`], with the same journal: what the command line has annotated, `map` takes from the
-    journal, and the other way round. It pickles as its settings, and opens policy, judge and journal only when it
+    journal, and the other way round, if `policy_settings` and `judge_settings` are given as it gives them. It pickles as its settings, and opens policy, judge and journal only when it
     meets a problem that needs them, so its fingerprint follows from the settings alone and `datasets` finds the
     result of an earlier run. The trees of one batch grow together: keep `batch_size` at `trees_in_flight` or above.
 
@@ -35,7 +35,8 @@ class MCTSAnnotator:
             Further arguments of `open_policy`, values that JSON can hold. They are part of the journal's key; those of
             the command line are `AnnotateSettings(...).policy_settings()` in `mm_prm.commands.annotate`.
         judge_settings (`Mapping`, *optional*):
-            Arguments of `open_judge`, values that JSON can hold.
+            Arguments of `open_judge`, values that JSON can hold; part of the journal's key, too. The command line's are
+            `{"timeout_seconds": 5.0}`.
         open_policy (`Callable`, *optional*, defaults to `TransformersPolicy.from_pretrained`):
             Importable function that opens the policy: `open_policy(policy, **policy_settings)`.
         open_judge (`Callable`, *optional*, defaults to `RulesJudge`):
