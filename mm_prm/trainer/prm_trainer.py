@@ -183,7 +183,7 @@ class PRMTrainer(_BaseTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         args = cast(PRMConfig, self.args)
-        rows = train_dataset if train_dataset is not None else self.train_dataset
+        rows = cast(RowView, train_dataset if train_dataset is not None else self.train_dataset)
         if args.gradient_accumulation_steps == 1 or args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
         step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
