@@ -508,6 +508,16 @@ def test_train_score_and_choose(rows, tiny_vlm_path, capsys, monkeypatch):
     assert again[0]["step_scores"] == pools["step_scores"][0]
 
 
+def test_training_names_bad_rows_and_says_that_it_sees_no_pictures(rows, tiny_vlm_path, capsys):
+    lines = [{**row, "prompt": "What is 0 + 1?"} for row in datasets.load_from_disk("rows")]
+    lines[1]["labels"] = [2.0] * len(lines[1]["labels"])
+    Path("bad.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert main(["train", "--model", tiny_vlm_path, "--rows", "bad.jsonl", "--output_dir", "prm"]) == 2
+    error = capsys.readouterr().err
+    assert "train: bad.jsonl has no images and `problems` is not given" in error
+    assert "mm-prm train: training row 1 ('q0'): labels[0] = 2.0: must be in [0, 1]" in error
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

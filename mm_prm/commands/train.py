@@ -77,7 +77,9 @@ def run(settings: TrainSettings, config: "PRMConfig") -> int:
     elif config.eval_strategy != "no":
         raise InputError(f"eval_strategy: {IntervalStrategy(config.eval_strategy).value} needs eval_rows")
     with reading_input("model"):
-        trainer = PRMTrainer(model_path(settings.model), config, train_dataset=rows, eval_dataset=eval_rows)
+        model = model_path(settings.model)
+    with reading_input():  # of rows as of models: the message says which
+        trainer = PRMTrainer(model, config, train_dataset=rows, eval_dataset=eval_rows)
     if trainer.is_world_process_zero():
         write_settings(str(config.output_dir), (settings, config))
     _log_lines(trainer)
@@ -104,7 +106,10 @@ def _read(path: str, problems_path: str | None, settings: TrainSettings) -> "dat
     from mm_prm.data.features import validate_rows
 
     rows = read_table(path)
-    if problems_path is None or "images" in columns_of(rows):
+    if "images" in columns_of(rows):
+        return rows
+    if problems_path is None:
+        print(f"train: {path} has no images and `problems` is not given: no picture will be seen", file=sys.stderr)
         return rows
     with reading_input(path):
         validate_rows("stepwise", rows)
