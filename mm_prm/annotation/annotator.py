@@ -329,12 +329,12 @@ class Annotation:
     @cached_property
     def _policy(self) -> Policy:
         given = self._policy_or_opener
-        return given if isinstance(given, Policy) else given()
+        return given() if isinstance(given, type) or not isinstance(given, Policy) else given
 
     @cached_property
     def _judge(self) -> Judge:
         given = self._judge_or_opener
-        return given if isinstance(given, Judge) else given()
+        return given() if isinstance(given, type) or not isinstance(given, Judge) else given
 
     def _finish(self, tree: _GrowingTree, journal: Journal | None) -> dict[str, Any]:
         """The row of a tree that grows no further, committed."""

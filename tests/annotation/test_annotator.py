@@ -246,6 +246,7 @@ def test_finished_trees_come_from_the_journal_without_a_policy(tmp_path):
     )
     assert len(opened) == 1
     assert {name: more[name] for name in first} == first and len(more) == 10
+    assert {row["status"] for row in more.values()} == {"complete"}
 
 
 def test_the_key_holds_all_that_changes_a_tree(tmp_path):
