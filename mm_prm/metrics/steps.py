@@ -110,33 +110,3 @@ def brier(labels: Sequence[float], scores: Sequence[float]) -> float:
     """Mean squared difference of score and label, which may be soft (sklearn's takes hard labels only)."""
     label_values, score_values = _arrays(labels, scores)
     return float(np.mean((score_values - label_values) ** 2))
-
-
-def step_metrics(
-    labels: Sequence[float], scores: Sequence[float], problem_ids: Sequence[Hashable]
-) -> dict[str, float]:
-    """
-    All step metrics of this module in one flat dict.
-
-    Args:
-        labels (`Sequence[float]`):
-            Label of each step in [0, 1]; above 0.5 is right. The Brier score alone takes soft labels as they are.
-        scores (`Sequence[float]`):
-            P(right) of each step.
-        problem_ids (`Sequence[Hashable]`):
-            The problem that each step belongs to.
-
-    Returns:
-        `dict` with the keys of [`within_problem_auc`], `wrong_step_f1` (threshold 0.5), `best_wrong_step_f1` and its
-        `best_threshold` (tuned on these labels), `brier`, `num_steps` and `num_wrong_steps`.
-    """
-    label_values, _ = _arrays(labels, scores)
-    threshold, best_f1 = best_wrong_step_threshold(labels, scores)
-    return within_problem_auc(labels, scores, problem_ids) | {
-        "wrong_step_f1": wrong_step_f1(labels, scores),
-        "best_wrong_step_f1": best_f1,
-        "best_threshold": threshold,
-        "brier": brier(labels, scores),
-        "num_steps": len(label_values),
-        "num_wrong_steps": int((label_values <= 0.5).sum()),
-    }

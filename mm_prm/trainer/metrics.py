@@ -1,7 +1,8 @@
 """How well step scores agree with labels: pure functions over flat arrays."""
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
+
+from ..metrics.steps import brier, within_problem_auc
 
 
 def step_metrics(scores: np.ndarray, labels: np.ndarray, problems: np.ndarray) -> dict[str, float]:
@@ -29,24 +30,8 @@ def step_metrics(scores: np.ndarray, labels: np.ndarray, problems: np.ndarray) -
     right = labels > 0.5
     clipped = np.clip(scores, 1e-7, 1 - 1e-7)
     metrics["accuracy"] = float(np.mean((scores > 0.5) == right))
-    metrics["brier"] = float(np.mean((scores - labels) ** 2))
+    metrics["brier"] = brier(labels, scores)
     metrics["cross_entropy"] = float(-np.mean(labels * np.log(clipped) + (1 - labels) * np.log(1 - clipped)))
-    overall = _pairs_in_order(scores, right)
-    if overall is not None:
-        metrics["auc"] = overall[0]
-    order = np.argsort(problems, kind="stable")
-    starts = np.flatnonzero(np.diff(problems[order])) + 1
-    within = [_pairs_in_order(scores[part], right[part]) for part in np.split(order, starts)]
-    pairs = [entry for entry in within if entry is not None]
-    if pairs:
-        shares, counts = np.array(pairs).T
-        metrics["auc_within_problems"] = float(np.average(shares, weights=counts))
-    return metrics
-
-
-def _pairs_in_order(scores: np.ndarray, right: np.ndarray) -> tuple[float, int] | None:
-    """Share of (right, wrong) pairs in the right order, ties half, and their number. `None` without a pair."""
-    num_pairs = int(right.sum()) * int((~right).sum())
-    if num_pairs == 0:
-        return None
-    return float(roc_auc_score(right, scores)), num_pairs
+    aucs = within_problem_auc(labels, scores, problems.tolist())
+    metrics |= {"auc": aucs["auc"], "auc_within_problems": aucs["within_problem_auc"]}
+    return {name: value for name, value in metrics.items() if not np.isnan(value)}

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mm_prm.metrics.steps import best_wrong_step_threshold, brier, step_metrics, within_problem_auc, wrong_step_f1
+from mm_prm.metrics.steps import best_wrong_step_threshold, brier, within_problem_auc, wrong_step_f1
 
 
 def test_a_score_that_only_knows_the_problem_is_useless_within():
@@ -66,13 +66,6 @@ def test_best_threshold_at_the_borders(labels, scores, expected):
 
 def test_brier_takes_soft_labels():
     assert brier([0.25, 1.0], [0.75, 1.0]) == pytest.approx(0.125)
-
-
-def test_step_metrics_are_flat_and_complete():
-    result = step_metrics([1, 0, 0.75, 0.25], [0.9, 0.2, 0.7, 0.4], ["a", "a", "b", "b"])
-    assert result["within_problem_auc"] == 1.0 and result["wrong_step_f1"] == 1.0 == result["best_wrong_step_f1"]
-    assert result["num_steps"] == 4 and result["num_wrong_steps"] == 2
-    assert all(isinstance(value, int | float) for value in result.values())
 
 
 @pytest.mark.parametrize(
