@@ -7,6 +7,7 @@ takes too long.
 """
 
 import json
+import logging
 import os
 import queue
 import subprocess
@@ -15,6 +16,8 @@ import threading
 import weakref
 from pathlib import Path
 from typing import Literal
+
+logger = logging.getLogger(__name__)
 
 MathOutcome = Literal["equal", "different", "gold", "answer", "timeout", "error"]
 
@@ -62,7 +65,9 @@ class MathProcess:
             except queue.Empty:
                 self._stop()
                 return "timeout"
-            except OSError:
+            except OSError as error:
+                # Told, since every verdict that needs it will be unknown.
+                logger.warning("Formulas cannot be compared: %s", error)
                 self._stop()
                 return "error"
             if not reply:  # the process ended: out of memory, or its stack
