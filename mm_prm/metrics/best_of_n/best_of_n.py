@@ -76,8 +76,8 @@ _CITATION = """\
 }
 """
 
-# A score of exactly 0 or 1 has no finite logarithm or odds. 1e-7 is just above the spacing of float32 below 1, so that
-# clipping merges no two scores that a float32 model can tell apart.
+# A score of exactly 0 or 1 has no finite logarithm or odds. 1e-7 is about the spacing of float32 below 1: there, clipping
+# merges 1 with its one neighbour; near 0, where float32 is finer, it merges what is surer than that.
 EPSILON = 1e-7
 
 # Aggregators: step scores -> one number. Total on their domain: no scores, or a NaN among them, give -inf, so that a
@@ -119,7 +119,7 @@ def aggregate_max(scores: Sequence[float]) -> float:
 
 
 def aggregate_sum_logprob(scores: Sequence[float]) -> float:
-    """Sum of log-probabilities: the product's order, without underflow; a score of 0 counts as `EPSILON`."""
+    """Sum of log-probabilities: the product's order, without underflow; scores below `EPSILON` count as `EPSILON`."""
     return -math.inf if _unscored(scores) else math.fsum(math.log(max(score, EPSILON)) for score in scores)
 
 
