@@ -1,0 +1,47 @@
+"""Every benchmark runs at a size that says nothing, and writes a table against its baseline."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    "name, arguments, variants",
+    [
+        (
+            "rollouts",
+            "--num_problems 2 --num_rollouts 2 --max_new_tokens 4",
+            [["generate, all problems", "generate, one problem at a time", "TransformersPolicy"]],
+        ),
+        (
+            "scoring",
+            "--num_problems 2 --num_candidates 5",
+            [["whole, 4 at once", "whole, large batches", "shared prefix"]],
+        ),
+        ("search", "--num_searches 30 --num_exhaustive_searches 10", [["every pair", "heaps"], ["heaps"]]),
+        ("vision", "--num_images 4", [["loop over images", "at once"]] * 3),
+    ],
+)
+def test_benchmark_runs(name, arguments, variants, tmp_path, monkeypatch, capsys):
+    script, output = BENCHMARKS / f"{name}.py", tmp_path / "table.json"
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    command = f"{script} {arguments} --device cpu --threads 1 --repeats 2 --output_json {output}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    runpy.run_path(str(script), run_name="__main__")
+    tables = json.loads(output.read_text())["tables"]
+    assert [list(table["variants"]) for table in tables] == variants
+    printed = capsys.readouterr().out
+    for table in tables:
+        baseline = table["variants"][table["baseline"]]
+        assert table["baseline"] == next(iter(table["variants"]))
+        assert baseline["times_baseline"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+        for row in table["variants"].values():
+            assert 0 < row["seconds"]["low"] <= row["seconds"]["median"] <= row["seconds"]["high"]
+            assert row[f"{table['unit']}_per_second"] == pytest.approx(table["amount"] / row["seconds"]["median"])
+            assert f"{row['times_baseline']['median']:.2f} (" in printed
+        assert table.get("largest_difference", 0) < 1e-5
