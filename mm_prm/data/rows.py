@@ -21,6 +21,7 @@ from typing import Any, Literal
 import datasets
 
 from .features import STEPWISE_FEATURES, RowError, validate_row
+from .text import question_text
 
 Steps = tuple[str, ...]
 
@@ -329,5 +330,5 @@ def _image_file(image: Mapping[str, Any], folder: Path) -> str:
 
 def _questions(problems: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     if isinstance(problems, datasets.Dataset):
-        problems = problems.select_columns(["id", "question"])  # no picture need be unpacked
-    return {problem["id"]: problem["question"] for problem in problems}
+        problems = problems.select_columns(["id", "question", "choices"])  # no picture need be unpacked
+    return {problem["id"]: question_text(problem) for problem in problems}

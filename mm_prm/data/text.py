@@ -6,9 +6,10 @@ or sent to a server passes through it once.
 """
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+import string
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 IMAGE_MARKER = "<image>"
 
@@ -116,6 +117,28 @@ def split_image_markers(question: str, num_images: int) -> list[str | None]:
     without_marker: list[str | None] = [None] * (num_images - num_markers)
     parts = parts + without_marker if num_markers else without_marker + parts
     return [part for part in parts if part != ""]
+
+
+def question_text(problem: Mapping[str, Any]) -> str:
+    """
+    The question as a model reads it: with its choices, where it does not state them itself.
+
+    Choices follow the question line by line, `(A) first`. They are left out where each stands in the question already,
+    and where they are nothing but letters, which refer to the picture.
+
+    Args:
+        problem (`Mapping[str, Any]`):
+            Problem with `question` and perhaps `choices`.
+
+    Returns:
+        `str`: The question, with its image markers.
+    """
+    question, choices = problem["question"], problem.get("choices") or []
+    letters = string.ascii_uppercase[: len(choices)]
+    if all(choice in question for choice in choices) or list(letters) == list(choices):
+        return question
+    lines = (f"({letter}) {choice}" for letter, choice in zip(letters, choices, strict=True))
+    return "\n".join([question, *lines])
 
 
 def normalize_image_markers(question: str, num_images: int) -> tuple[str, list[int]]:

@@ -16,7 +16,7 @@ import torch
 from transformers import AddedToken, AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import cached_file
 
-from ..data.text import neutralize_special_tokens, special_token_texts, split_image_markers
+from ..data.text import neutralize_special_tokens, question_text, special_token_texts, split_image_markers
 from .auto import _HUB_ARGUMENTS, REWARD_TOKENS, STEP_TOKEN
 from .prompts import Prompt, PromptRenderer, PromptTensors
 
@@ -232,7 +232,7 @@ class ProcessRewardProcessor:
 
     def _parts(self, problem: Mapping[str, Any]) -> list[str | None]:
         """Text pieces of the question, and `None` for each image."""
-        parts = split_image_markers(problem["question"], len(problem["images"]))
+        parts = split_image_markers(question_text(problem), len(problem["images"]))
         return [None if part is None else neutralize_special_tokens(part, self._special_tokens) for part in parts]
 
     def _encode_completions(self, prompts: list[Prompt], completions: Sequence[Sequence[str]]) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from mm_prm.data.text import neutralize_special_tokens, special_token_texts, split_image_markers
+from mm_prm.data.text import neutralize_special_tokens, question_text, special_token_texts, split_image_markers
 
 from .steps import StepFormat, format_steps
 
@@ -114,7 +114,7 @@ class PromptBuilder:
             `tuple` of the prompt, shared by all prefixes of a problem, and the tokens of the prefix that follow it.
         """
         images = self._images(problem)
-        question = split_image_markers(problem["question"], len(images))
+        question = split_image_markers(question_text(problem), len(images))
         steps = format_steps([self._neutralize(step) for step in prefix], self.step_format)
         if steps and not self.prefix_in_turn:
             return self._prompt([*question, f"\n\nPrevious Steps:\n{steps}"], images), []

@@ -11,6 +11,7 @@ from mm_prm.data.text import (
     clean_steps,
     neutralize_special_tokens,
     normalize_image_markers,
+    question_text,
     special_token_texts,
     split_image_markers,
 )
@@ -213,3 +214,18 @@ def test_long_hostile_text_takes_no_long_time():
 
 def test_clean_steps_drops_empty_ones():
     assert clean_steps(["<step>a</step>", " ", "</step>", "b "]) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "question, choices, expected",
+    [
+        ("How many?", [], "How many?"),
+        ("How many? <image>", ["3", "4"], "How many? <image>\n(A) 3\n(B) 4"),
+        ("How many? A) 3 B) 4", ["3", "4"], "How many? A) 3 B) 4"),
+        ("Which figure?", ["A", "B", "C"], "Which figure?"),
+    ],
+)
+def test_choices_reach_the_model_once(question, choices, expected):
+    assert question_text({"question": question, "choices": choices}) == expected
+    assert question_text({"question": question, "choices": None}) == question
+    assert question_text({"question": question}) == question
