@@ -88,7 +88,8 @@ class AutoModelForProcessReward:
         if reward_token_ids is not None:
             config.reward_token_ids = list(reward_token_ids)
         kwargs.pop("trust_remote_code", None)
-        return batch_vision_attention(process_reward_class(stock).from_pretrained(path, config=config, **kwargs))
+        model = process_reward_class(stock).from_pretrained(path, config=config, use_safetensors=True, **kwargs)
+        return batch_vision_attention(model)
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, **kwargs) -> PreTrainedModel:

@@ -59,7 +59,7 @@ def create_process_reward_model(
         AutoProcessor.from_pretrained(path, **hub_arguments), step_token=step_token, reward_tokens=reward_tokens
     )
     kwargs.pop("trust_remote_code", None)
-    model = stock.from_pretrained(path, **kwargs)
+    model = stock.from_pretrained(path, use_safetensors=True, **kwargs)
     return prepare_model_for_process_reward(model, processor, seed=seed), processor
 
 

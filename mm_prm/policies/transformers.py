@@ -123,7 +123,7 @@ class TransformersPolicy:
         model_class = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model: Any = model_class.from_pretrained(
-            path, dtype=dtype or (torch.float32 if device.type == "cpu" else "auto")
+            path, dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"), use_safetensors=True
         )
         model.to(device)
         batch_vision_attention(model)
