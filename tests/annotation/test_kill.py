@@ -27,18 +27,23 @@ def start(path, report):
     return subprocess.Popen(command, cwd=ROOT, env=environment)
 
 
+def num_lines(report):
+    return report.read_bytes().count(b"\n") if report.exists() else 0
+
+
 def test_killed_and_restarted(tmp_path):
     path = tmp_path / "trees.journal.sqlite"
     draw = random.Random(0)
     yielded = []  # what each run reported before its end
-    num_kills = 0
+    num_kills, finished = 0, 0
     for attempt in range(10):
         report = tmp_path / f"report_{attempt}.jsonl"
         process = start(path, report)
-        while not report.exists() and process.poll() is None:  # it has begun to annotate
-            time.sleep(0.005)
         if num_kills < 4:
-            time.sleep(draw.uniform(0.0, 0.5))
+            # finished trees are reported again at once; a random number of new ones may follow
+            enough = finished + draw.randint(0, 8)
+            while process.poll() is None and num_lines(report) < enough:
+                time.sleep(0.002)
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
                 num_kills += 1
@@ -47,7 +52,8 @@ def test_killed_and_restarted(tmp_path):
         yielded.append([json.loads(line) for line in lines if line.endswith("\n")])
         with Journal(path) as journal:
             stored = [row["problem_id"] for row in journal]
-        assert len(set(stored)) == len(stored)
+        finished = len(stored)
+        assert len(set(stored)) == finished
         assert {row["problem_id"] for row in yielded[-1]} <= set(stored), "what was reported is in the journal"
         if process.returncode == 0:
             break
