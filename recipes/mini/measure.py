@@ -40,7 +40,7 @@ def candidates(directory: Path, policy_name: str, scale: float) -> None:
 
     def policy(temperature: float) -> TransformersPolicy:
         return TransformersPolicy.from_pretrained(
-            model_path(policy_name), temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=128, batch_size=2048
+            model_path(policy_name), temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=128, batch_size=512
         )
 
     (directory / "candidates").mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,9 @@ def score(directory: Path, name: str, model: str) -> None:
     reward_model = AutoModelForProcessReward.from_pretrained(path, dtype=torch.bfloat16).float()
     reward_model.to("cuda" if torch.cuda.is_available() else "cpu")
     processor = ProcessRewardProcessor.from_pretrained(path)
-    scorer = Scorer(reward_model, processor, max_tokens=65536, share_prefix=False)
+    # A fast GPU is rather short of work than of time; a processor is glad of what it need not compute.
+    on_gpu = torch.cuda.is_available()
+    scorer = Scorer(reward_model, processor, max_tokens=65536 if on_gpu else 4096, share_prefix=not on_gpu)
     scores = {}
     for split in (*SPLITS, "test_swapped"):
         pools = json.loads((directory / "candidates" / f"{split.removesuffix('_swapped')}.json").read_text())
