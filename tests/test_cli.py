@@ -395,6 +395,19 @@ def test_rows_of_a_folder_a_file_and_a_journal(trees, capsys):
     assert set(from_journal["prompt"]) == {""}
 
 
+def test_trees_of_bad_problems_are_left_out_on_request(trees, capsys):
+    bad = json.loads(trees.read_text())
+    bad[1]["answer"] = ""
+    write_problems(trees.parent, bad)
+    command = ["rows", "--trees", "trees", "--problems", str(trees), "--output", "rows", "--output_json", "n.json"]
+    assert main(command) == 2
+    assert "answer = ''" in capsys.readouterr().err
+    assert main([*command, "--on_bad_row", "skip"]) == 0
+    assert json.loads(Path("n.json").read_text())["bad_problems"] == 1
+    assert bad[1]["id"] not in datasets.load_from_disk("rows")["problem_id"][:]
+    assert "1 bad problems are left out" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

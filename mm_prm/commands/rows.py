@@ -55,13 +55,17 @@ def run(settings: RowsSettings, config: RowConfig) -> int:
 
     output = check_output(settings.output)
     problems = None
+    bad_ids: set[str] = set()
     if settings.problems is not None:
         with reading_input(settings.problems):
-            problems, _ = load_problems(
+            problems, skipped = load_problems(
                 settings.problems, image_root=settings.image_root, on_bad_row=settings.on_bad_row
             )
+            bad_ids = {entry["id"] for entry in skipped} - set(problems["id"])  # a duplicate's id is also a good one's
     with reading_input(settings.trees):
-        rows, counts = trees_to_rows(read_trees(settings.trees), config, problems)
+        trees = [tree for tree in read_trees(settings.trees) if tree["problem_id"] not in bad_ids]
+        rows, counts = trees_to_rows(trees, config, problems)
+    counts["bad_problems"] = len(bad_ids)
     write_settings_beside(output, (settings, config))
     write_rows("stepwise", rows, output)
     write_json(settings.output_json, counts)
@@ -72,6 +76,8 @@ def run(settings: RowsSettings, config: RowConfig) -> int:
 def print_counts(counts: Mapping[str, Any], output: str) -> None:
     """Print what became of the trees."""
     print(f"{counts['trees']} trees, {counts['trees_kept']} kept")
+    if counts["bad_problems"]:
+        print(f"  trees of {counts['bad_problems']} bad problems are left out")
     for reason, number in counts["trees_dropped"].items():
         print(f"  dropped: {number} {reason}")
     print(

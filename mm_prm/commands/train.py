@@ -114,8 +114,14 @@ def _read(path: str, problems_path: str | None, settings: TrainSettings) -> "dat
     with reading_input(path):
         validate_rows("stepwise", rows)
     with reading_input(problems_path):
-        problems, _ = load_problems(problems_path, image_root=settings.image_root, on_bad_row=settings.on_bad_row)
-        return join_problems(rows, problems)
+        problems, skipped = load_problems(
+            problems_path, image_root=settings.image_root, on_bad_row=settings.on_bad_row
+        )
+        bad_ids = {entry["id"] for entry in skipped} - set(problems["id"])  # a duplicate's id is also a good one's
+        kept = [row for row in rows if row["problem_id"] not in bad_ids] if bad_ids else rows
+        if len(kept) < len(rows):
+            print(f"train: {len(rows) - len(kept)} rows of {len(bad_ids)} bad problems are left out", file=sys.stderr)
+        return join_problems(kept, problems)
 
 
 def _log_lines(trainer: Any) -> None:
