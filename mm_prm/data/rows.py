@@ -49,6 +49,11 @@ class RowConfig:
             a label.
         rollouts_per_node (`int`, *optional*, defaults to `2`):
             Largest number of right, and of wrong, rollouts taken from a node.
+        step_values (`str`, *optional*, defaults to `"pooled"`):
+            What labels a step: `"pooled"` for all judged rollouts of the tree that pass through it, wherever they were
+            sampled from, `"measured"` for those alone that were sampled from it. Given a prefix, a rollout that came
+            through it is a sample like one that began at it. OmegaPRM measures prefixes of wrong rollouts only, so that
+            with `"measured"` the late steps of right solutions have no label, and late steps look wrong as such.
         seed (`int`, *optional*, defaults to `0`):
             Seed of all choices. The rows of a tree depend on the seed and on this tree alone.
     """
@@ -59,6 +64,7 @@ class RowConfig:
     keep_unanimous: bool = False
     include_rollouts: Literal["none", "balanced"] = "balanced"
     rollouts_per_node: int = 2
+    step_values: Literal["pooled", "measured"] = "pooled"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -70,6 +76,8 @@ class RowConfig:
             raise ValueError(f"right_threshold = {self.right_threshold}: give a number from 0 up to, not including, 1")
         if self.include_rollouts not in ("none", "balanced"):
             raise ValueError(f"include_rollouts = {self.include_rollouts!r}: use 'none' or 'balanced'")
+        if self.step_values not in ("pooled", "measured"):
+            raise ValueError(f"step_values = {self.step_values!r}: use 'pooled' or 'measured'")
 
 
 @dataclass
@@ -222,6 +230,8 @@ def _solutions(tree: Mapping[str, Any], config: RowConfig, values: _Values, rng:
             values.counts[prefix] = num_right + node["num_right"], num_judged + node["num_judged"]
         if prefix and node["node_id"] not in parents:
             solutions[prefix] = None
+    if config.step_values == "pooled":
+        _pool(tree["rollouts"], prefixes, values)
     if config.include_rollouts == "none":
         return list(solutions)
 
@@ -239,6 +249,17 @@ def _solutions(tree: Mapping[str, Any], config: RowConfig, values: _Values, rng:
         rng.shuffle(sample)
         solutions |= dict.fromkeys(sample[: config.rollouts_per_node])
     return list(solutions)
+
+
+def _pool(rollouts: Iterable[Mapping[str, Any]], prefixes: Mapping[int, Steps], values: _Values) -> None:
+    """Count each judged rollout at every step it passes through behind its node, which has counted it already."""
+    for rollout in rollouts:
+        if rollout["status"] != "finished" or rollout["verdict"] == "unknown":
+            continue
+        start = prefixes[rollout["node_id"]]
+        for prefix in _prefixes(start + tuple(rollout["steps"]))[len(start) :]:
+            num_right, num_judged = values.counts.get(prefix, (0, 0))
+            values.counts[prefix] = num_right + (rollout["verdict"] == "right"), num_judged + 1
 
 
 def _row(problem_id: str, prompt: str, solution: Steps, values: _Values) -> dict[str, Any]:

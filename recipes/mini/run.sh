@@ -56,6 +56,7 @@ for stage in $stages; do
       python3 "$here/make_rows.py" "$out" ;;
     prm)
       [ -e "$out/init" ] || python3 "$here/model.py" "$out/init"
+      train measured measured
       train soft omegaprm
       train hard omegaprm --label_mode hard
       train soft_lr_3e-4 omegaprm --learning_rate 3.0e-4
@@ -64,10 +65,13 @@ for stage in $stages; do
       train flat_hard flat --label_mode hard
       train outcome outcome
       train scratch omegaprm --model "$out/init" --freeze_vision_tower false
+      finish
+      # what ships goes on from `measured`, the first one that was trained
+      train both both --model "$out/prm/measured" --max_steps 700 --gradient_accumulation_steps 2 --logging_steps 25
       finish ;;
     evaluation)
       python3 "$here/measure.py" candidates --directory "$out" --policy "$policy" --scale "${SCALE:-1}"
-      for name in soft hard soft_lr_3e-4 quarter flat flat_hard outcome scratch; do
+      for name in measured soft hard soft_lr_3e-4 quarter flat flat_hard outcome scratch both; do
         run "score_$name" python3 "$here/measure.py" score --directory "$out" --name $name --model "$out/prm/$name"
       done
       finish ;;

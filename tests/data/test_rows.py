@@ -43,6 +43,7 @@ def problem(problem_id="q1", question="What is x?", colors=("red",)):
     return {"id": problem_id, "images": images, "question": question, **texts}
 
 
+MEASURED = RowConfig(step_values="measured")
 PATHS_ONLY = RowConfig(include_rollouts="none", balance=False, keep_unanimous=True)
 # Root ── a b ── c          (measured 1/4, then 0/4)
 #     └── d                 (measured 3/4)
@@ -92,7 +93,7 @@ def test_a_step_without_a_judged_rollout_has_no_label():
 
 def test_rollouts_label_the_step_that_states_the_answer():
     rollouts = [rollout(3, ["x = 4"], "right"), rollout(3, ["so", "x = 5"], "wrong"), rollout(2, ["x = 6"], "wrong")]
-    rows, _ = trees_to_rows([tree(FORK, rollouts)])
+    rows, _ = trees_to_rows([tree(FORK, rollouts)], MEASURED)
     texts = by_text(rows)
     assert texts["d x = 4"]["labels"] == [0.75, 1.0]
     assert texts["d x = 4"]["num_judged"] == [4, 1]
@@ -104,10 +105,26 @@ def test_rollouts_label_the_step_that_states_the_answer():
 
 def test_a_rollout_is_labelled_where_it_runs_through_a_node():
     rollouts = [rollout(0, ["a", "b", "z", "x = 4"], "right"), rollout(2, ["x = 5"], "wrong")]
-    rows, _ = trees_to_rows([tree(FORK, rollouts)])
+    rows, _ = trees_to_rows([tree(FORK, rollouts)], MEASURED)
     row = by_text(rows)["a b z x = 4"]
     assert row["labels"] == [None, 0.25, None, 1.0]
     assert row["path"] == [0, 1]
+
+
+def test_pooled_rollouts_count_at_every_step_they_pass_through():
+    rollouts = [
+        rollout(0, ["a", "b", "z", "x = 4"], "right"),
+        rollout(0, ["a", "y", "x = 5"], "wrong"),
+        rollout(0, ["a", "y", "x = 6"], "unknown"),
+        rollout(1, ["z", "x = 7"], "wrong"),
+        rollout(2, ["x = 5"], "wrong"),
+    ]
+    texts = by_text(trees_to_rows([tree(FORK, rollouts)])[0])
+    # "a": two rollouts from the root; "a b": one more beside the node's own four; "a b z": one each way
+    assert texts["a b z x = 4"]["num_right"] == [1, 2, 1, 1]
+    assert texts["a b z x = 4"]["num_judged"] == [2, 5, 2, 1]
+    assert texts["a b z x = 7"]["labels"] == [0.5, 0.4, 0.5, 0.0]
+    assert texts["a b c x = 5"]["num_judged"] == [2, 5, 4, 1]
 
 
 def test_unknown_unfinished_and_unparsable_rollouts_give_nothing():
@@ -229,6 +246,7 @@ configs = st.builds(
     keep_unanimous=st.booleans(),
     include_rollouts=st.sampled_from(["none", "balanced"]),
     rollouts_per_node=st.integers(1, 3),
+    step_values=st.sampled_from(["pooled", "measured"]),
     seed=st.integers(0, 3),
 )
 
@@ -254,21 +272,29 @@ def test_rows_of_any_tree(tree, config):
     prefixes = {-1: []}
     for node in tree["nodes"]:
         prefixes[node["node_id"]] = prefixes[node["parent_id"]] + node["steps"]
-    judged = {}
+    judged, passing = {}, {}
     for entry in tree["rollouts"]:
-        if entry["status"] == "finished" and entry["verdict"] != "unknown" and config.include_rollouts != "none":
+        if entry["status"] == "finished" and entry["verdict"] != "unknown":
+            start = len(prefixes[entry["node_id"]])
             text = tuple(prefixes[entry["node_id"]] + entry["steps"])
-            judged.setdefault(text, float(entry["verdict"] == "right"))
+            verdict = float(entry["verdict"] == "right")
+            if config.include_rollouts != "none":
+                judged.setdefault(text, verdict)
+            if config.step_values == "pooled":
+                for end in range(start + 1, len(text) + 1):
+                    passing.setdefault(text[:end], []).append(verdict)
     for row in rows:
         assert row["path"][0] == 0
         for index, label in enumerate(row["labels"]):
             prefix = row["completions"][: index + 1]
             same = [node for node in tree["nodes"] if prefixes[node["node_id"]] == prefix]
-            num_judged = sum(node["num_judged"] for node in same)
+            through = passing.get(tuple(prefix), [])
+            num_judged = sum(node["num_judged"] for node in same) + len(through)
             if tuple(prefix) in judged:
                 assert label == judged[tuple(prefix)]
             elif num_judged:
-                assert label == pytest.approx(sum(node["num_right"] for node in same) / num_judged)
+                num_right = sum(node["num_right"] for node in same) + sum(through)
+                assert label == pytest.approx(num_right / num_judged)
             else:
                 assert label is None
 
