@@ -6,11 +6,12 @@ Labels are 1 (or True, or a soft label above 0.5) for a right step; scores are P
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 from sklearn.metrics import f1_score, precision_recall_curve, roc_auc_score
 
 
-def _arrays(labels: Sequence[float], scores: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     label_values, score_values = np.asarray(labels, dtype=float), np.asarray(scores, dtype=float)
     if label_values.shape != score_values.shape or label_values.ndim != 1:
         raise ValueError(
@@ -26,7 +27,7 @@ def _arrays(labels: Sequence[float], scores: Sequence[float]) -> tuple[np.ndarra
     return label_values, score_values
 
 
-def auc(labels: Sequence[float], scores: Sequence[float]) -> float:
+def auc(labels: ArrayLike, scores: ArrayLike) -> float:
     """Probability that a right step scores higher than a wrong one, over all pairs; NaN without both kinds."""
     label_values, score_values = _arrays(labels, scores)
     right = label_values > 0.5
@@ -34,7 +35,7 @@ def auc(labels: Sequence[float], scores: Sequence[float]) -> float:
 
 
 def within_problem_auc(
-    labels: Sequence[float], scores: Sequence[float], problem_ids: Sequence[Hashable]
+    labels: ArrayLike, scores: ArrayLike, problem_ids: Sequence[Hashable]
 ) -> dict[str, float]:
     """
     AUC over pairs of steps of the same problem, pooled over problems, beside the AUC over all pairs.
@@ -76,13 +77,13 @@ def within_problem_auc(
     }
 
 
-def wrong_step_f1(labels: Sequence[float], scores: Sequence[float], threshold: float = 0.5) -> float:
+def wrong_step_f1(labels: ArrayLike, scores: ArrayLike, threshold: float = 0.5) -> float:
     """F1 of finding wrong steps, where a step counts as wrong if its score is *below* the threshold; 0 if none is."""
     label_values, score_values = _arrays(labels, scores)
     return float(f1_score(label_values <= 0.5, score_values < threshold, zero_division=0.0))
 
 
-def best_wrong_step_threshold(labels: Sequence[float], scores: Sequence[float]) -> tuple[float, float]:
+def best_wrong_step_threshold(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
     """
     Threshold with the highest F1 of wrong steps, and that F1.
 
@@ -106,7 +107,7 @@ def best_wrong_step_threshold(labels: Sequence[float], scores: Sequence[float]) 
     return float(threshold), wrong_step_f1(labels, scores, float(threshold))
 
 
-def brier(labels: Sequence[float], scores: Sequence[float]) -> float:
+def brier(labels: ArrayLike, scores: ArrayLike) -> float:
     """Mean squared difference of score and label, which may be soft (sklearn's takes hard labels only)."""
     label_values, score_values = _arrays(labels, scores)
     return float(np.mean((score_values - label_values) ** 2))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 def subset_sizes(num_candidates: int) -> list[int]:
@@ -185,7 +186,7 @@ def difference(values: np.ndarray, means: np.ndarray, confidence: float = 0.95) 
 
 
 def bootstrap_interval(
-    values: Sequence[float], num_resamples: int = 2000, confidence: float = 0.95, seed: int = 0
+    values: ArrayLike, num_resamples: int = 2000, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, float]:
     """Mean of one value for each problem as `{"value", "low", "high"}`, by the percentile bootstrap over problems."""
     column = np.asarray(values, dtype=float)
