@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import shlex
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -104,11 +105,16 @@ for rollout in generation.rollouts:
 def prm_card(results: dict[str, Any], folder: Path) -> ModelCard:
     """The card of `mini-prm`."""
     rows, training = run_settings(results["shipped"])
-    strategy = "flat" if rows == "flat" else "omegaprm"
-    annotation = _settings(HERE / "annotate.yaml") | {"strategy": strategy}
-    if strategy != "flat":
+    strategies = {"flat": ["flat"], "both": ["omegaprm", "flat"]}.get(rows, ["omegaprm"])
+    annotation = _settings(HERE / "annotate.yaml") | {"strategy": " and ".join(strategies)}
+    if "flat" not in strategies:
         annotation = {name: value for name, value in annotation.items() if not name.startswith("flat_")}
-    counts, cost = results["annotation"][rows], results["annotation"][strategy]
+    costs = [results["annotation"][strategy] for strategy in strategies]
+    parts = costs if rows == "both" else [results["annotation"][rows]]
+    counts = {name: sum(part[name] for part in parts) for name in ("rows", "labels", "trees", "trees_kept")}
+    counts["trees_dropped"] = sum((Counter(part["trees_dropped"]) for part in parts), Counter())
+    began = str(training.get("model", "")).rpartition("/prm/")[2]
+    start = f"It went on from the run `{began}`. " if began in results["models"] else ""
     labels = "soft labels (Monte Carlo values)" if training["label_mode"] == "soft" else "hard labels (value above 0)"
     dropped = ", ".join(f"{number:,} {reason}" for reason, number in counts["trees_dropped"].items())
     return model_card(
@@ -131,9 +137,9 @@ best = max(range(len(solutions)), key=lambda number: min(scores[number]))
 """,
         training=f"All weights but those of the vision tower, no adapter, on {labels}: {counts['rows']:,} stepwise rows with "
         f"{counts['labels']:,} labels, from {counts['trees_kept']:,} of {counts['trees']:,} trees (left out: "
-        f"{dropped or 'none'}). The annotation (`{strategy}`) took {annotation['num_rollouts']} rollouts from each prefix and "
-        f"at most {annotation['rollout_budget']} a problem, {cost['rollouts']:,} in all, sampled from `mini-policy` as it is. "
-        f"{_label_quality(cost)}",
+        f"{dropped or 'none'}). The annotation (`{annotation['strategy']}`) took {annotation['num_rollouts']} rollouts from each prefix and "
+        f"at most {annotation['rollout_budget']} a problem, {sum(cost['rollouts'] for cost in costs):,} in all, sampled from `mini-policy` as "
+        f"it is. {' '.join(_label_quality(cost) for cost in costs)} {start}".rstrip(),
         settings={"annotation": annotation, "rows": asdict(RowConfig()), "training": training},
         evaluation=f"{_evaluation(results)} Best-of-N picks the candidate whose lowest step score is highest (`{HEADLINE}`, "
         f"fixed beforehand); which training run ships was chosen on the validation split.\n\n{_comparisons(results)}",
