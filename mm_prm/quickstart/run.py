@@ -41,7 +41,7 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
     from mm_prm.embedded import embedded_path
     from mm_prm.quickstart import display
     from mm_prm.quickstart.results import assemble, measure
-    from mm_prm.quickstart.stages import Stages, quiet_loading
+    from mm_prm.quickstart.stages import Stages, quiet_libraries
 
     console = display.console()
     stages = Stages(config)
@@ -56,7 +56,7 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
         reused = ", taken up from an earlier run" if len(stages.reused) > num_reused else ""
         console.print(f"[dim]{seconds[name]:.1f} s{reused}[/]\n")
 
-    with quiet_loading():
+    with quiet_libraries():
         with stage("annotate", f"Annotate {config.num_problems} problems live with the embedded policy"):
             trees = stages.annotate()
             tree = display.choose_tree(trees)

@@ -4,6 +4,7 @@ Each takes up what an earlier run with the same input has left in the output fol
 """
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import Any
 import pyarrow.parquet
 import torch
 from transformers import PrinterCallback, TrainerCallback
+from transformers.utils import logging
 
 from mm_prm.annotation import AnnotationConfig, Progress, RolloutRequest, annotate
 from mm_prm.annotation.identity import checkpoint_digest, describe
@@ -255,14 +257,14 @@ def _seed(seed: int, problem_id: str) -> int:
 
 
 @contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Without the bars that transformers shows while it reads a file of 10 MB."""
-    from transformers.utils import logging
-
+def quiet_libraries() -> Iterator[None]:
+    """Without the bars of transformers for a file of 10 MB, and without its notes to those who write trainers."""
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         if was_enabled:
             logging.enable_progress_bar()
