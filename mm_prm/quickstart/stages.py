@@ -87,7 +87,7 @@ class Stages:
         )
         problems = mini.generate_problems("annotation", config.num_problems, FIRST_LIVE_PROBLEM)
         progress = Progress()
-        with ProgressBar("rollouts", config.num_problems * config.rollout_budget) as bar:
+        with _one_thread(), ProgressBar("rollouts", config.num_problems * config.rollout_budget) as bar:
 
             def show(now: Progress) -> None:
                 nonlocal progress
@@ -197,7 +197,7 @@ class Stages:
         )
         pools: list[dict[str, Any]] = []
         greedy_correct = []
-        with ProgressBar("problems", len(problems)) as bar:
+        with _one_thread(), ProgressBar("problems", len(problems)) as bar:
             for start in range(0, len(problems), _PROBLEMS_PER_CALL):
                 some = problems[start : start + _PROBLEMS_PER_CALL]
                 requests = [
@@ -224,7 +224,7 @@ class Stages:
             return scores
         scorer = Scorer.from_pretrained(model, dtype=torch.float32, device="cpu")
         distinct = sum(len({tuple(steps) for steps in solutions if steps}) for solutions in candidates)
-        with ProgressBar("solutions", distinct) as bar:
+        with _one_thread(), ProgressBar("solutions", distinct) as bar:
             scores = scorer.score(problems, candidates, lambda done, _: bar.update(done))
         write_kept(path, key, scores)
         return scores
@@ -254,6 +254,20 @@ def _seed(seed: int, problem_id: str) -> int:
     """Seed of the first of a problem's candidates; the others follow it, far from those of other problems."""
     digest = hashlib.blake2b(f"{seed} {problem_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 13 << 12
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """
+    Without threads inside of an operation: one token of a small model is too little to share, and where another program
+    keeps a core busy, threads that wait for each other at every operation make decoding several times slower.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 @contextmanager
