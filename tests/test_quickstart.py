@@ -2,11 +2,15 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
 from mm_prm.cli import main
-from mm_prm.inference import AGGREGATORS
+from mm_prm.inference import AGGREGATORS, Scorer
+from mm_prm.policies.transformers import TransformersPolicy
+from mm_prm.quickstart import QuickstartConfig
+from mm_prm.trainer import PRMTrainer
 
 SIZE = {
     "num_problems": 3,
@@ -19,9 +23,14 @@ SIZE = {
 }
 
 
-def quickstart(folder):
-    assert main(["quickstart", "--output_dir", str(folder), *(f"--{name}={value}" for name, value in SIZE.items())]) == 0
+def quickstart(folder, *flags):
+    size = (f"--{name}={value}" for name, value in SIZE.items())
+    assert main(["quickstart", "--output_dir", str(folder), *size, *flags]) == 0
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def _refuse(self, *args, **kwargs):
+    raise AssertionError(f"a {type(self).__name__} was made again")
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +51,6 @@ def test_results_have_every_number(first):
     assert results["pass@1"]["value"] <= results["oracle"]["value"]
     assert {"annotate", "train", "sample", "score"} <= set(results["seconds"])
     assert results["reused"] == []
-    # the three models are three models
-    assert len({json.dumps(results[verifier]) for verifier in ("prm_before", "prm_shipped")}) == 2
 
 
 def test_the_report_stands_alone(first):
@@ -54,9 +61,33 @@ def test_the_report_stands_alone(first):
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_second_run_reuses_what_is_done(first):
+def test_the_three_models_give_three_scores(first):
+    folder, _ = first
+    names = ("prm_before", "prm_after", "prm_shipped")
+    scores = [(folder / "stages" / f"scores_{name}.json").read_text(encoding="utf-8") for name in names]
+    assert len(set(scores)) == 3
+
+
+def test_a_second_run_reuses_what_is_done(first, monkeypatch):
     folder, results = first
+    for opened in (TransformersPolicy, Scorer, PRMTrainer):
+        monkeypatch.setattr(opened, "__init__", _refuse)
     again = quickstart(folder)
-    assert {"annotate", "train", "sample"} <= set(again["reused"])
+    stages = {"annotate", "train", "sample", "score prm_before", "score prm_after", "score prm_shipped"}
+    assert set(again["reused"]) == stages
     for name in ("pass@1", "majority", "prm_after", "prm_shipped"):
         assert again[name] == results[name]
+
+
+def test_another_seed_reuses_nothing_that_depends_on_it(first, tmp_path):
+    folder, _ = first
+    shutil.copytree(folder, tmp_path / "copy")
+    other = quickstart(tmp_path / "copy", "--seed=1")
+    assert other["reused"] == []
+
+
+def test_settings_that_cannot_be_used_are_refused():
+    with pytest.raises(ValueError, match="num_candidates = 0: give a number above 0"):
+        QuickstartConfig(num_candidates=0)
+    with pytest.raises(ValueError, match="rollout_budget = 4: does not cover the 8 rollouts"):
+        QuickstartConfig(rollout_budget=4)
