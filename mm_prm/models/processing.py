@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -187,13 +188,55 @@ class ProcessRewardProcessor:
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors = {return_tensors!r}: only 'pt' is supported")
+        rows = self.encode(problems, completions, labels, max_length=max_length)
+        types = {
+            key: [prompt_types[number] for number in rows.prompts.numbers]
+            for key, prompt_types in rows.prompts.token_types.items()
+        }
+        arrays = {
+            "input_ids": pad(rows.input_ids, self.padding_id),
+            "attention_mask": pad([np.ones_like(ids) for ids in rows.input_ids], 0),
+            # Types of tokens (text, image): the answer is text
+            **{key: pad(values, 0, like=rows.input_ids) for key, values in types.items()},
+            "step_mask": pad([ids == self.step_token_id for ids in rows.input_ids], False),
+        }
+        if labels is not None:
+            arrays["labels"] = pad(rows.labels, np.float32(np.nan))
+        tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+        return BatchFeature({**tensors, **rows.prompts.images(rows.prompts.numbers)})
+
+    def encode(
+        self,
+        problems: Sequence[Mapping[str, Any]],
+        completions: Sequence[Sequence[str]],
+        labels: Sequence[Sequence[float | None]] | None = None,
+        *,
+        max_length: int | None = None,
+    ) -> "EncodedRows":
+        """
+        Turns rows into token ids, before they are padded or packed; the arguments are those of a call.
+
+        Args:
+            problems (`Sequence[Mapping[str, Any]]`):
+                One problem a row, with `question` and `images`.
+            completions (`Sequence[Sequence[str]]`):
+                The steps of each row.
+            labels (`Sequence[Sequence[float | None]]`, *optional*):
+                One label in [0, 1] for each step, `None` for a step without.
+            max_length (`int`, *optional*):
+                Longest sequence in tokens.
+
+        Returns:
+            [`EncodedRows`]
+        """
         _check_rows(problems, completions, labels)
         prompts = [self._renderer.render(self._parts(problem), problem["images"]) for problem in problems]
         encoded = self._renderer.encode(prompts)
         completion_ids = self._encode_completions(prompts, completions)
 
-        input_ids, positions = [], []
-        for index, (prompt_ids, ids) in enumerate(zip(encoded.input_ids, completion_ids, strict=True)):
+        input_ids, row_labels = [], []
+        for index, (number, ids) in enumerate(zip(encoded.numbers, completion_ids, strict=True)):
+            prompt_ids = encoded.input_ids[number]
             row = np.concatenate([prompt_ids, ids])
             steps = np.flatnonzero(row == self.step_token_id)
             if len(steps) != len(completions[index]):
@@ -209,9 +252,18 @@ class ProcessRewardProcessor:
                         f"into max_length = {max_length}; raise max_length or leave the row out"
                     )
                 row = row[: steps[-1] + 1]
+            values = np.full(len(row), np.nan, dtype=np.float32)
+            if labels is not None:
+                values[steps] = [math.nan if label is None else label for label in labels[index][: len(steps)]]
             input_ids.append(row)
-            positions.append(steps)
-        return self._assemble(encoded, input_ids, positions, labels)
+            row_labels.append(values)
+        return EncodedRows(encoded, input_ids, row_labels)
+
+    @property
+    def padding_id(self) -> int:
+        """Token id that fills rows up."""
+        padding = self.tokenizer.pad_token_id
+        return 0 if padding is None else int(padding)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -245,35 +297,42 @@ class ProcessRewardProcessor:
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         return [np.asarray(ids[1:] if prompt.anchor else ids) for prompt, ids in zip(prompts, encoded, strict=True)]
 
-    def _assemble(
-        self,
-        encoded: PromptTensors,
-        input_ids: list[np.ndarray],
-        positions: list[np.ndarray],
-        labels: Sequence[Sequence[float | None]] | None,
-    ) -> BatchFeature:
-        shape = (len(input_ids), max(map(len, input_ids)))
-        padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        ids = np.full(shape, padding, dtype=np.int64)
-        attention_mask = np.zeros(shape, dtype=np.int64)
-        step_mask = np.zeros(shape, dtype=bool)
-        # Types of tokens (text, image): the answer is text
-        types = {key: np.zeros(shape, dtype=np.int64) for key in encoded.token_types}
-        for index, (row, steps) in enumerate(zip(input_ids, positions, strict=True)):
-            ids[index, : len(row)] = row
-            attention_mask[index, : len(row)] = 1
-            step_mask[index, steps] = True
-            for key, rows in encoded.token_types.items():
-                types[key][index, : len(rows[index])] = rows[index]
-        arrays = {"input_ids": ids, "attention_mask": attention_mask, **types, "step_mask": step_mask}
-        if labels is not None:
-            values = np.full(shape, np.nan, dtype=np.float32)
-            for index, steps in enumerate(positions):
-                row_labels = labels[index][: len(steps)]
-                values[index, steps] = [math.nan if label is None else label for label in row_labels]
-            arrays["labels"] = values
-        tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
-        return BatchFeature({**tensors, **encoded.images})
+
+@dataclass
+class EncodedRows:
+    """
+    Rows in tokens, neither padded nor packed.
+
+    Args:
+        prompts ([`PromptTensors`]):
+            The distinct prompts, with their images and the number of each row's prompt.
+        input_ids (`list[np.ndarray]`):
+            Ids of each row, its prompt included.
+        labels (`list[np.ndarray]`):
+            Label at each row's step tokens that have one, NaN elsewhere (float32).
+    """
+
+    prompts: PromptTensors
+    input_ids: list[np.ndarray]
+    labels: list[np.ndarray]
+
+
+def pad(rows: Sequence[np.ndarray], value: Any, *, like: Sequence[np.ndarray] | None = None) -> np.ndarray:
+    """
+    Stacks rows of different lengths, padded on the right.
+
+    Args:
+        rows (`Sequence[np.ndarray]`):
+            One-dimensional arrays of one dtype.
+        value (`Any`):
+            What rows are filled up with.
+        like (`Sequence[np.ndarray]`, *optional*):
+            Rows whose longest gives the length. Defaults to `rows`.
+    """
+    padded = np.full((len(rows), max(map(len, rows if like is None else like))), value, dtype=rows[0].dtype)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+    return padded
 
 
 def _row_name(index: int, problems: Sequence[Mapping[str, Any]]) -> str:

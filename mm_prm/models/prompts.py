@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,20 +49,23 @@ class Prompt:
 @dataclass
 class PromptTensors:
     """
-    Prompts in tokens and their images in pixels, one entry a row.
+    Distinct prompts in tokens and their images in pixels.
 
     Args:
+        numbers (`list[int]`):
+            Which of the distinct prompts each row has, in the order of first rows.
         input_ids (`list[np.ndarray]`):
-            Ids of each row's prompt without its tail.
+            Ids of each distinct prompt without its tail.
         token_types (`dict[str, list[np.ndarray]]`):
             Types of these tokens, under the names that the model's processor uses.
-        images (`dict[str, torch.Tensor]`):
-            What the processor made of the images.
+        images (`Callable[[list[int]], dict[str, torch.Tensor]]`):
+            Gives what the processor made of the images of prompts with these numbers, one after another.
     """
 
+    numbers: list[int]
     input_ids: list[np.ndarray]
     token_types: dict[str, list[np.ndarray]]
-    images: dict[str, torch.Tensor]
+    images: Callable[[list[int]], dict[str, torch.Tensor]]
 
 
 class PromptRenderer:
@@ -118,16 +121,19 @@ class PromptRenderer:
             prompts (`Sequence[Prompt]`):
                 The prompt of each row.
         """
-        distinct, rows = _distinct(prompts)
+        distinct, numbers = _distinct(prompts)
         encoded, features = self._process(distinct)
         images_per_prompt = [len(prompt.images) for prompt in distinct]
-        images = _repeat_images(features, images_per_prompt, rows)
-        if images is None:
+
+        def images(chosen: list[int]) -> dict[str, torch.Tensor]:
+            repeated = _repeat_images(features, images_per_prompt, chosen)
             # A layout that we cannot take apart: let the processor do every row
-            images = self._process([distinct[row] for row in rows])[1]
+            return self._process([distinct[number] for number in chosen])[1] if repeated is None else repeated
+
         return PromptTensors(
-            input_ids=[encoded["input_ids"][row] for row in rows],
-            token_types={key: [encoded[key][row] for row in rows] for key in _TOKEN_TYPES if key in encoded},
+            numbers=numbers,
+            input_ids=encoded["input_ids"],
+            token_types={key: encoded[key] for key in _TOKEN_TYPES if key in encoded},
             images=images,
         )
 

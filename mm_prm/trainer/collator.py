@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers.data.data_collator import DataCollatorMixin
 
-from ..models import ProcessRewardProcessor
+from ..models import PositionPrecomputer, ProcessRewardProcessor
 from .rows import to_problem
 
 # Keys of a batch that the model does not take
@@ -32,6 +32,8 @@ class DataCollatorForProcessReward(DataCollatorMixin):
             Labels above it count as right in label mode `"hard"`.
         label_weighting (`str`, *optional*, defaults to `"none"`):
             `"none"` or `"num_judged"`; see [`PRMConfig`].
+        positions ([`~mm_prm.models.PositionPrecomputer`], *optional*):
+            Computes what the model would otherwise compute image by image in its forward.
         return_tensors (`str`, *optional*, defaults to `"pt"`):
             Only `"pt"`.
     """
@@ -41,6 +43,7 @@ class DataCollatorForProcessReward(DataCollatorMixin):
     label_mode: str = "soft"
     hard_threshold: float = 0.0
     label_weighting: str = "none"
+    positions: PositionPrecomputer | None = None
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -51,6 +54,8 @@ class DataCollatorForProcessReward(DataCollatorMixin):
             max_length=self.max_length,
         )
         inputs = dict(batch)
+        if self.positions is not None:
+            inputs |= self.positions(inputs)
         if self.label_weighting == "num_judged":
             inputs["label_weights"] = self._weights(inputs["step_mask"], examples)
         inputs["row_index"] = torch.tensor([row["row_index"] for row in examples])

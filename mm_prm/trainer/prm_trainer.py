@@ -23,6 +23,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from ..hub import model_card
 from ..models import (
     AutoModelForProcessReward,
+    PositionPrecomputer,
     ProcessRewardMixin,
     ProcessRewardProcessor,
     create_process_reward_model,
@@ -156,7 +157,12 @@ class PRMTrainer(_BaseTrainer):
             eval_dataset = prepare(eval_dataset)
         if data_collator is None:
             data_collator = DataCollatorForProcessReward(
-                processing_class, args.max_length, args.label_mode, args.hard_threshold, args.label_weighting
+                processing_class,
+                args.max_length,
+                args.label_mode,
+                args.hard_threshold,
+                args.label_weighting,
+                PositionPrecomputer.for_model(model),
             )
         super().__init__(
             model=model,
