@@ -230,7 +230,7 @@ class ProcessRewardProcessor:
             [`EncodedRows`]
         """
         _check_rows(problems, completions, labels)
-        prompts = [self._renderer.render(self._parts(problem), problem["images"]) for problem in problems]
+        prompts = [self._renderer.render(self.parts(problem), problem["images"]) for problem in problems]
         encoded = self._renderer.encode(prompts)
         completion_ids = self._encode_completions(prompts, completions)
 
@@ -282,18 +282,39 @@ class ProcessRewardProcessor:
         """
         return self([problem], [steps])["input_ids"].shape[1]
 
-    def _parts(self, problem: Mapping[str, Any]) -> list[str | None]:
-        """Text pieces of the question, and `None` for each image."""
+    def parts(self, problem: Mapping[str, Any]) -> list[str | None]:
+        """
+        Returns what the user turn holds: pieces of text, free of special tokens, and `None` for each image.
+
+        Args:
+            problem (`Mapping[str, Any]`):
+                Problem with `question` and `images`.
+        """
         parts = split_image_markers(question_text(problem), len(problem["images"]))
         return [None if part is None else neutralize_special_tokens(part, self._special_tokens) for part in parts]
 
+    def text(self, problem: Mapping[str, Any], steps: Sequence[str]) -> str:
+        """
+        Returns the text of a row, with one placeholder for each image: what the tokens stand for.
+
+        Args:
+            problem (`Mapping[str, Any]`):
+                Problem with `question` and `images`.
+            steps (`Sequence[str]`):
+                The steps.
+        """
+        return self._renderer.render(self.parts(problem), problem["images"]).text + self._answer(steps)
+
+    def _answer(self, steps: Sequence[str]) -> str:
+        clean = [neutralize_special_tokens(step.strip(), self._special_tokens) for step in steps]
+        return STEP_SEPARATOR.join(step + self.step_token for step in clean)
+
     def _encode_completions(self, prompts: list[Prompt], completions: Sequence[Sequence[str]]) -> list[np.ndarray]:
         """Token ids of everything behind the prompts' last special token; see [`Prompt`]."""
-        texts = []
-        for prompt, steps in zip(prompts, completions, strict=True):
-            clean = [neutralize_special_tokens(step.strip(), self._special_tokens) for step in steps]
-            answer = STEP_SEPARATOR.join(step + self.step_token for step in clean)
-            texts.append(prompt.anchor + prompt.tail + answer)
+        texts = [
+            prompt.anchor + prompt.tail + self._answer(steps)
+            for prompt, steps in zip(prompts, completions, strict=True)
+        ]
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         return [np.asarray(ids[1:] if prompt.anchor else ids) for prompt, ids in zip(prompts, encoded, strict=True)]
 
