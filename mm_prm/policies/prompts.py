@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from mm_prm.data.text import neutralize_special_tokens, question_text, special_token_texts, split_image_markers
 
+from .questions import decoded_images, previous_steps
 from .steps import StepFormat, format_steps
 
 logger = logging.getLogger(__name__)
@@ -113,11 +114,7 @@ class PromptBuilder:
         Returns:
             `tuple` of the prompt, shared by all prefixes of a problem, and the tokens of the prefix that follow it.
         """
-        images = self._images(problem)
-        question = split_image_markers(question_text(problem), len(images))
-        steps = format_steps([self._neutralize(step) for step in prefix], self.step_format)
-        if steps and not self.prefix_in_turn:
-            return self._prompt([*question, f"\n\nPrevious Steps:\n{steps}"], images), []
+        question, steps, images = self._parts(problem, prefix)
         prompt = self._prompt(question, images)
         if not steps:
             return prompt, []
@@ -126,6 +123,22 @@ class PromptBuilder:
         if tokens[: len(prompt.text_tokens)] == prompt.text_tokens:
             return prompt, tokens[len(prompt.text_tokens) :]
         return self._process(prompt.text + steps, images), []
+
+    def build_tokens(self, problem: Mapping[str, Any], prefix: Sequence[str]) -> tuple[list[int], list[Image.Image]]:
+        """
+        Builds what the model reads for an engine that processes pictures itself.
+
+        Args:
+            problem (`Mapping`):
+                Problem row, its images decoded.
+            prefix (`Sequence[str]`):
+                Steps that are already there.
+
+        Returns:
+            `tuple` of the tokens of prompt and prefix, each image still one placeholder, and the images.
+        """
+        question, steps, images = self._parts(problem, prefix)
+        return self._tokenize(self._render(self._user_turn(question), True) + steps), images
 
     def collate(self, prompts: Sequence[Prompt], pad_token: int) -> dict[str, torch.Tensor]:
         """
@@ -153,6 +166,17 @@ class PromptBuilder:
             batch[name] = torch.cat([prompt.pictures[name] for prompt in prompts])
         return batch
 
+    def _parts(
+        self, problem: Mapping[str, Any], prefix: Sequence[str]
+    ) -> tuple[list[str | None], str, list[Image.Image]]:
+        """The user turn in pieces, the steps that open the assistant turn, and the images."""
+        images = self._images(problem)
+        question = split_image_markers(question_text(problem), len(images))
+        steps = format_steps([self._neutralize(step) for step in prefix], self.step_format)
+        if steps and not self.prefix_in_turn:
+            return [*question, previous_steps(steps)], "", images
+        return question, steps, images
+
     def _images(self, problem: Mapping[str, Any]) -> list[Image.Image]:
         images = problem["images"]
         if images and not self._reads_images:
@@ -160,13 +184,7 @@ class PromptBuilder:
                 f"problem '{problem['id']}': images: has {len(images)}, but '{self.tokenizer.name_or_path}' reads text "
                 "only: use a vision-language model, or problems without images"
             )
-        for index, image in enumerate(images):
-            if not isinstance(image, Image.Image):
-                raise TypeError(
-                    f"problem '{problem['id']}': images[{index}]: {type(image).__name__} instead of a PIL image: decode "
-                    "the column (`datasets.Image(decode=True)`)"
-                )
-        return [image.convert("RGB") for image in images]
+        return decoded_images(problem)
 
     def _prompt(self, parts: Sequence[str | None], images: Sequence[Image.Image]) -> Prompt:
         # The pictures' content is the key: an object's identity would not notice that its pixels were changed.

@@ -21,7 +21,8 @@ from mm_prm.models import batch_vision_attention
 
 from .decoding import Completion, Sampling, decode
 from .prompts import Prompt, PromptBuilder
-from .steps import STEP_FORMATS, StepFormat, parse_steps
+from .settings import check_sampling
+from .steps import StepFormat, parse_steps
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,9 @@ class TransformersPolicy:
         batch_size: int = 256,
         step_format: StepFormat = "paragraphs",
     ):
-        for name, value, holds, wanted in (
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-            ("temperature", temperature, temperature >= 0, "0 or more"),
-            ("top_k", top_k, top_k >= 0, "0 (off) or more"),
-            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (off)"),
-            ("batch_size", batch_size, batch_size >= 1, "at least 1"),
-            ("step_format", step_format, step_format in STEP_FORMATS, f"one of {', '.join(STEP_FORMATS)}"),
-        ):
-            if not holds:
-                raise ValueError(f"{name}: {value!r} has to be {wanted}")
+        check_sampling(max_new_tokens, temperature, top_k, top_p, step_format)
+        if batch_size < 1:
+            raise ValueError(f"batch_size: {batch_size!r} has to be at least 1")
         self.model = model.eval()
         self.prompts = PromptBuilder(processor, step_format)
         self.batch_size = batch_size
