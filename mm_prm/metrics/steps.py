@@ -1,6 +1,7 @@
 """How well do step scores tell right steps from wrong ones? Pure functions for the trainer's evaluation and the study.
 
-Labels are 1 (or True, or a soft label above 0.5) for a right step; scores are P(right).
+Labels are 1 (or True, or a soft label above 0.5) for a right step; scores are P(right). What the `step_errors` metric
+computes, too, lives there, because it must stand alone.
 """
 
 from collections.abc import Hashable, Sequence
@@ -8,7 +9,9 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
-from sklearn.metrics import f1_score, precision_recall_curve, roc_auc_score
+
+from .step_errors import thresholds
+from .step_errors.thresholds import Count, best_threshold, count_steps, step_figures
 
 
 def _arrays(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -30,13 +33,10 @@ def _arrays(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarra
 def auc(labels: ArrayLike, scores: ArrayLike) -> float:
     """Probability that a right step scores higher than a wrong one, over all pairs; NaN without both kinds."""
     label_values, score_values = _arrays(labels, scores)
-    right = label_values > 0.5
-    return float(roc_auc_score(right, score_values)) if 0 < right.sum() < len(right) else float("nan")
+    return thresholds.auc(label_values > 0.5, score_values)
 
 
-def within_problem_auc(
-    labels: ArrayLike, scores: ArrayLike, problem_ids: Sequence[Hashable]
-) -> dict[str, float]:
+def within_problem_auc(labels: ArrayLike, scores: ArrayLike, problem_ids: Sequence[Hashable]) -> dict[str, float]:
     """
     AUC over pairs of steps of the same problem, pooled over problems, beside the AUC over all pairs.
 
@@ -79,8 +79,10 @@ def within_problem_auc(
 
 def wrong_step_f1(labels: ArrayLike, scores: ArrayLike, threshold: float = 0.5) -> float:
     """F1 of finding wrong steps, where a step counts as wrong if its score is *below* the threshold; 0 if none is."""
-    label_values, score_values = _arrays(labels, scores)
-    return float(f1_score(label_values <= 0.5, score_values < threshold, zero_division=0.0))
+    counts = _counts(*_arrays(labels, scores))
+    return float(
+        step_figures({name: count.totals(np.array([threshold])) for name, count in counts.items()})["f1_wrong"][0]
+    )
 
 
 def best_wrong_step_threshold(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
@@ -93,18 +95,12 @@ def best_wrong_step_threshold(labels: ArrayLike, scores: ArrayLike) -> tuple[flo
         `tuple[float, float]`: the threshold, half-way between two neighbouring scores, and the F1; (0.5, 0.0) if no step
         is wrong.
     """
-    label_values, score_values = _arrays(labels, scores)
-    wrong = label_values <= 0.5
-    if not wrong.any():
-        return 0.5, 0.0
-    # By sklearn's convention a step is found if its "wrongness" reaches a cut, here: if its score is at most -cut.
-    precision, recall, cuts = precision_recall_curve(wrong, -score_values)
-    f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
-    cut = -cuts[f1[:-1].argmax()]
-    above = score_values[score_values > cut]
-    next_score = above.min() if len(above) else cut
-    threshold = max((cut + next_score) / 2, np.nextafter(cut, np.inf))  # strictly above the cut at any rounding
-    return float(threshold), wrong_step_f1(labels, scores, float(threshold))
+    threshold = best_threshold(_counts(*_arrays(labels, scores)), step_figures, "f1_wrong")
+    return threshold, wrong_step_f1(labels, scores, threshold)
+
+
+def _counts(labels: np.ndarray, scores: np.ndarray) -> dict[str, Count]:
+    return count_steps(np.zeros(len(scores), dtype=int), scores, labels > 0.5)
 
 
 def brier(labels: ArrayLike, scores: ArrayLike) -> float:
