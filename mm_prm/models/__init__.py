@@ -2,8 +2,7 @@
 
 from .auto import AutoModelForProcessReward, is_process_reward_config
 from .creating import create_process_reward_model, prepare_model_for_process_reward
-from .loss import process_reward_loss
-from .modeling import ProcessRewardMixin, ProcessRewardOutput
+from .modeling import ProcessRewardMixin, ProcessRewardOutput, process_reward_loss
 from .positions import PositionPrecomputer
 from .processing import ProcessRewardProcessor
 from .vision import batch_vision_attention

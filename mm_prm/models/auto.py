@@ -1,20 +1,15 @@
 """`AutoModelForProcessReward`: any vision-language or causal language model as a process reward model."""
 
+import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    __version__,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import find_adapter_config_file, is_peft_available
 
-from .modeling import check_config, process_reward_class
+from .modeling import process_reward_class, stock_class
 from .vision import batch_vision_attention
 
 STEP_TOKEN = "<prm>"
@@ -65,31 +60,39 @@ class AutoModelForProcessReward:
         **kwargs,
     ) -> PreTrainedModel:
         """
-        Loads a process reward model, or a plain checkpoint whose tokenizer has the reward tokens.
+        Loads a process reward model, a PEFT adapter of one, or a plain checkpoint whose tokenizer has the reward tokens.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`):
-                Folder or Hub repository.
+                Folder or Hub repository. An adapter is put on the process reward model that it names as its base.
             config ([`~transformers.PreTrainedConfig`], *optional*):
                 Configuration to use instead of the checkpoint's.
             reward_token_ids (`Sequence[int]`, *optional*):
                 Ids of the tokens for [wrong, right]. Defaults to those in the configuration, and for a plain checkpoint
                 to the ids of `No` and `Yes`.
             kwargs:
-                Arguments of [`~transformers.PreTrainedModel.from_pretrained`].
+                Arguments of [`~transformers.PreTrainedModel.from_pretrained`], such as `dtype` and `quantization_config`.
         """
         path = os.fspath(pretrained_model_name_or_path)
         hub_arguments = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+        base = _adapter_base(path, hub_arguments)
         if config is None:
-            config = AutoConfig.from_pretrained(path, **hub_arguments)
+            config = _load_config(path, base, hub_arguments)
         stock = stock_class(config)
         if reward_token_ids is None and not is_process_reward_config(config):
+            if base is not None:
+                raise ValueError(
+                    f"'{path}' is an adapter of '{base}', which is no process reward model (its config.json has no "
+                    "`reward_token_ids`): save the model that the adapter was trained on, and name its folder as "
+                    "`base_model_name_or_path` in adapter_config.json"
+                )
             reward_token_ids = _find_reward_tokens(path, hub_arguments)
         if reward_token_ids is not None:
             config.reward_token_ids = list(reward_token_ids)
         kwargs.pop("trust_remote_code", None)
-        model = process_reward_class(stock).from_pretrained(path, config=config, use_safetensors=True, **kwargs)
-        return batch_vision_attention(model)
+        loaded: Any = process_reward_class(stock).from_pretrained(path, config=config, use_safetensors=True, **kwargs)
+        batch_vision_attention(loaded[0] if kwargs.get("output_loading_info") else loaded)
+        return loaded
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, **kwargs) -> PreTrainedModel:
@@ -134,23 +137,29 @@ def set_process_reward_config(config: PreTrainedConfig, processor: Any) -> None:
     config.label2id = {"wrong": 0, "right": 1}
 
 
-def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """
-    Returns the architecture's own class for generating text from images, or from text alone.
+def _adapter_base(path: str, hub_arguments: dict[str, Any]) -> str | None:
+    """Path of the base model of an adapter, `None` if the path is not one of an adapter without its base model."""
+    if Path(path, "config.json").exists():
+        return None
+    arguments = {key: value for key, value in hub_arguments.items() if key != "trust_remote_code"}
+    file = find_adapter_config_file(path, **arguments)
+    if file is None:
+        return None
+    if not is_peft_available():
+        raise ImportError(f"'{path}' is a PEFT adapter; run `pip install 'mm-prm[peft]'` to load it")
+    return json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
 
-    Args:
-        config ([`~transformers.PreTrainedConfig`]):
-            Configuration of a checkpoint.
-    """
-    check_config(config)
-    for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
-        if type(config) in mapping:
-            classes: Any = mapping[type(config)]
-            return classes[0] if isinstance(classes, tuple) else classes
-    raise ValueError(
-        f"{config.model_type!r} models cannot become process reward models: transformers {__version__} has neither an "
-        "image-text-to-text nor a causal language model class for them"
-    )
+
+def _load_config(path: str, base: str | None, hub_arguments: dict[str, Any]) -> PreTrainedConfig:
+    if base is None:
+        return AutoConfig.from_pretrained(path, **hub_arguments)
+    try:
+        return AutoConfig.from_pretrained(base, **hub_arguments)
+    except OSError as error:
+        raise OSError(
+            f"'{path}' is an adapter of '{base}', whose configuration cannot be loaded; if the model lies elsewhere, "
+            "name its place as `base_model_name_or_path` in adapter_config.json"
+        ) from error
 
 
 def _find_reward_tokens(path: str, hub_arguments: dict[str, Any]) -> list[int]:

@@ -1,15 +1,33 @@
-"""The process-reward forward, written once as a mixin and combined with every architecture's own class."""
+# Copyright the mm-prm authors. Licensed under the Apache License, Version 2.0.
+"""
+The process-reward forward, written once as a mixin and combined with every architecture's own class.
 
+A copy of this file lies in the repository of every process reward model, so that
+`AutoModelForTokenClassification.from_pretrained(repository, trust_remote_code=True)` loads it where mm-prm is not
+installed. So it imports torch and transformers only. The score of a step is `logits.softmax(-1)[..., 1]` at the step
+token, whose id is `config.step_token_id`.
+"""
+
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    Cache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    __version__,
+)
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .loss import process_reward_loss
+# Name of this file in a model's repository
+CODE_FILE = "modeling_process_reward.py"
 
 # Architectures with a stock class whose forward does not fit, with the reason that the error gives.
 _UNSUPPORTED_MODEL_TYPES = {
@@ -64,6 +82,44 @@ class RewardHead(nn.Linear):
             return functional.linear(input.float(), self.weight.index_select(0, rows).float(), bias)
 
 
+def process_reward_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    label_weights: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | float | None = None,
+) -> torch.Tensor:
+    """
+    Computes Σ w·ℓ / Σ w over the labelled steps, where ℓ is the cross-entropy between (1 - label, label) and the softmax
+    of the logits [wrong, right].
+
+    Without a labelled step the loss is a zero that still belongs to the graph, so that backward runs everywhere.
+
+    Args:
+        logits (`torch.Tensor` of shape `(..., 2)`):
+            Logits in the order [wrong, right].
+        labels (`torch.Tensor` of shape `(...)`):
+            Probability that the step is right, in [0, 1]. NaN where there is no label.
+        label_weights (`torch.Tensor` of shape `(...)`, *optional*):
+            Weight of each label. Defaults to 1 for all.
+        num_items_in_batch (`torch.Tensor` or `float`, *optional*):
+            Σ w over everything that one optimizer step sees. Defaults to Σ w over these labels.
+    """
+    # Selecting (not masking) keeps the logits of padding out of the graph: they may be NaN, and 0 · NaN is NaN.
+    labelled = ~labels.isnan()
+    labels = labels[labelled].float()
+    logits = logits[labelled].float()
+    # softmax over two logits is the sigmoid of their difference
+    losses = functional.binary_cross_entropy_with_logits(logits[:, 1] - logits[:, 0], labels, reduction="none")
+    if label_weights is None:
+        weights = torch.ones_like(losses)
+    else:
+        weights = label_weights[labelled].to(losses)
+    total_weight = weights.sum() if num_items_in_batch is None else num_items_in_batch
+    if labels.numel() == 0:
+        return losses.sum()
+    return (losses * weights).sum() / total_weight
+
+
 class ProcessRewardMixin:
     """
     Turns a stock language model class into a process reward model: `forward` returns logits [wrong, right].
@@ -78,6 +134,38 @@ class ProcessRewardMixin:
         check_config(config)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.install_reward_head()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        _check_reward_head(loaded[0] if kwargs.get("output_loading_info") else loaded)
+        return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs) -> None:
+        """
+        Saves the stock class's checkpoint, and beside it the file that makes it a process reward model without mm-prm.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                Folder to write.
+            is_main_process (`bool`, *optional*, defaults to `True`):
+                Whether this process writes files.
+            kwargs:
+                Arguments of [`~transformers.PreTrainedModel.save_pretrained`].
+        """
+        # With `load_adapter`, only the adapter is saved: the code lies beside its base model
+        if not self._hf_peft_config_loaded:
+            code = {"AutoModelForTokenClassification": f"{Path(CODE_FILE).stem}.{ProcessRewardModel.__name__}"}
+            self.config.auto_map = {**(vars(self.config).get("auto_map") or {}), **code}
+            if self.should_save_on_this_rank(is_main_process):
+                _write_code(save_directory)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
+        # `save_pretrained(push_to_hub=True)` uploads what was written since it began, which the file was not
+        if not self._hf_peft_config_loaded:
+            _write_code(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
 
     def install_reward_head(self) -> None:
         """Makes the output head compute the reward tokens' rows only, as `config.reward_token_ids` names them."""
@@ -128,8 +216,14 @@ class ProcessRewardMixin:
         Returns:
             [`ProcessRewardOutput`]
         """
+        head = cast(PreTrainedModel, self).get_output_embeddings()
+        if not isinstance(head, RewardHead):
+            _check_adapter(head)
         outputs = super().forward(*args, use_cache=use_cache, return_dict=True, **kwargs)  # type: ignore[misc]
         logits = outputs.logits
+        if logits.shape[-1] != 2 and not isinstance(head, RewardHead):
+            # An adapter around the head computes all rows: PEFT's trainable tokens, if input and output share weights
+            logits = logits[..., list(self.config.reward_token_ids)].float()
         if logits.shape[-1] != 2:
             raise ValueError(
                 f"{type(self).__name__} cannot be a process reward model: its forward does not read its output head "
@@ -202,6 +296,45 @@ def get_output_head(model: PreTrainedModel) -> RewardHead:
     return cast(RewardHead, head)
 
 
+def _check_reward_head(model: PreTrainedModel) -> None:
+    """Refuses a head that something put in the place of ours after the model was built, as quantisation does."""
+    head = model.get_output_embeddings()
+    if not any(isinstance(module, RewardHead) for module in head.modules()):
+        name = next(name for name, module in model.named_modules() if module is head)
+        raise ValueError(
+            f"the output head {name!r} was replaced by a {type(head).__name__}, whose rows cannot be read; leave it as it "
+            f"is: with bitsandbytes, add {name!r} to `llm_int8_skip_modules`, or do not set these"
+        )
+
+
+def _check_adapter(head: nn.Module) -> None:
+    """Refuses an adapter that adds to the head's output, of which there are two columns only."""
+    if any(name == "base_layer" and isinstance(module, RewardHead) for name, module in head.named_modules()):
+        raise ValueError(
+            f"the output head of a process reward model cannot be a target of {type(head).__module__}; train its rows "
+            "with `trainable_token_indices`, or the whole of it with `modules_to_save`"
+        )
+
+
+def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """
+    Returns the architecture's own class for generating text from images, or from text alone.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            Configuration of a checkpoint.
+    """
+    check_config(config)
+    for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        if type(config) in mapping:
+            classes: Any = mapping[type(config)]
+            return classes[0] if isinstance(classes, tuple) else classes
+    raise ValueError(
+        f"{config.model_type!r} models cannot become process reward models: transformers {__version__} has neither an "
+        "image-text-to-text nor a causal language model class for them"
+    )
+
+
 def check_config(config: PreTrainedConfig) -> None:
     """Refuses, by name, an architecture that cannot become a process reward model."""
     reason = _UNSUPPORTED_MODEL_TYPES.get(config.model_type)
@@ -209,3 +342,39 @@ def check_config(config: PreTrainedConfig) -> None:
         reason = "it is an encoder-decoder"
     if reason is not None:
         raise ValueError(f"{config.model_type!r} models cannot become process reward models: {reason}")
+
+
+class ProcessRewardModel:
+    """What a repository's `auto_map` names: `AutoModelForTokenClassification` calls it with `trust_remote_code=True`."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *, config: PreTrainedConfig, **kwargs
+    ) -> PreTrainedModel:
+        """
+        Loads the process reward model.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                Folder or Hub repository.
+            config ([`~transformers.PreTrainedConfig`]):
+                Its configuration.
+            kwargs:
+                Arguments of [`~transformers.PreTrainedModel.from_pretrained`].
+        """
+        model_class = process_reward_class(stock_class(config))
+        return model_class.from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **kwargs) -> PreTrainedModel:
+        return process_reward_class(stock_class(config))._from_config(config, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any) -> None:
+        """Does nothing: the models that this class makes save their code themselves."""
+
+
+def _write_code(directory: str | os.PathLike) -> None:
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CODE_FILE).write_bytes(Path(__file__).read_bytes())
