@@ -149,7 +149,7 @@ class StepErrors(evaluate.Metric):
 
         names = np.asarray([name or "all" for name in subset])
         groups = {
-            str(name): [np.flatnonzero(names == name), _clusters(problem_ids, names == name)]
+            str(name): (np.flatnonzero(names == name), _clusters(problem_ids, names == name))
             for name in np.unique(names)
         }
         measure = _Measure(solutions, groups, num_resamples, confidence, seed)
