@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _RETRIED_STATUSES = {408, 409, 425, 429}
 _LONGEST_WAIT_SECONDS = 60.0
 _CONNECT_SECONDS = 10.0
-# A server that has just failed is left alone for as long as others answer.
+# A server that has just failed is left alone for as long as others answer; longer from one failure to the next.
 _REST_SECONDS = 5.0
 _LONGEST_QUOTE = 300
 
@@ -73,7 +73,20 @@ class _Server:
     url: str
     in_flight: int = 0
     last_used: float = 0.0
+    failures: int = 0  # in a row
     resting_until: float = 0.0
+
+    def failed(self) -> None:
+        self.resting_until = time.monotonic() + min(_REST_SECONDS * 2**self.failures, _LONGEST_WAIT_SECONDS)
+        self.failures += 1
+
+    def answered(self) -> None:
+        self.failures, self.resting_until = 0, 0.0
+
+    def preference(self) -> tuple[float, int, float]:
+        """The server with the lowest is asked: one that works, then the least busy."""
+        resting_until = self.resting_until if self.resting_until > time.monotonic() else 0.0
+        return resting_until, self.in_flight, self.last_used
 
 
 class ChatClient:
@@ -181,15 +194,15 @@ class _Exchange:
         while True:
             # The slot is free while a request waits for its next attempt.
             async with self.slots:
-                server = min(servers, key=_preference)
+                server = min(servers, key=_Server.preference)
                 server.in_flight += 1
                 server.last_used = time.monotonic()
                 try:
                     completion = await self._attempt(server.url, payload)
-                    server.resting_until = 0.0
+                    server.answered()
                     return completion
                 except _Retry as error:
-                    server.resting_until = time.monotonic() + _REST_SECONDS
+                    server.failed()
                     failure = error
                 finally:
                     server.in_flight -= 1
@@ -224,10 +237,6 @@ class _Exchange:
             return _read(json.loads(body))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise _Retry(f"an answer that is none ({type(error).__name__}: {error}): {_quote(body)}") from error
-
-
-def _preference(server: _Server) -> tuple[bool, int, float]:
-    return server.resting_until > time.monotonic(), server.in_flight, server.last_used
 
 
 def _retry_after(value: str | None) -> float:

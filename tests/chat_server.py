@@ -38,6 +38,7 @@ class ChatServer:
         self.times: list[float] = []
         self.in_flight = self.most_in_flight = 0
         self.lock = threading.Lock()
+        self.closing = threading.Event()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -58,6 +59,7 @@ class ChatServer:
         return self
 
     def __exit__(self, *_):
+        self.closing.set()
         self.http.shutdown()
         self.http.server_close()
 
@@ -95,7 +97,7 @@ class ChatServer:
         }
         status, headers = 200, {}
         if failure == "hang":
-            time.sleep(1.5)
+            self.closing.wait(30)
         elif failure == "close":
             request.connection.close()
             return

@@ -20,7 +20,7 @@ def echo(payload):
 
 def client(*servers, **settings):
     urls = [server.url for server in servers]
-    return ChatClient(urls, **{"retry_seconds": 0.01, "timeout_seconds": 0.5, **settings})
+    return ChatClient(urls, **{"retry_seconds": 0.01, "timeout_seconds": 1.0, **settings})
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -34,7 +34,10 @@ def test_whatever_fails_is_asked_again(failure):
 
 def test_all_failures_in_a_row_and_then_no_more_attempts():
     with ChatServer(echo, failures=FAILURES) as server:
-        assert client(server, max_retries=len(FAILURES), retry_seconds=0.0005).complete(PAYLOAD).choices[0].text == "Hello"
+        assert (
+            client(server, max_retries=len(FAILURES), retry_seconds=0.0005).complete(PAYLOAD).choices[0].text
+            == "Hello"
+        )
         assert len(server.payloads) == len(FAILURES) + 1
     with ChatServer(echo, failures=("500",) * 9) as server:
         with pytest.raises(ChatServerError, match=r"no answer after 3 attempts; .*status 500: .*status 500, as told"):
@@ -101,7 +104,7 @@ def test_a_cancelled_request_frees_its_slot():
         began = time.monotonic()
         assert hanging.cancel()
         assert one.complete(PAYLOAD).choices[0].text == "Hello"
-        assert time.monotonic() - began < 1.0  # not the 1.5 s for which the server hangs
+        assert time.monotonic() - began < 10.0  # not the 30 s for which the server hangs
 
 
 def test_the_key_is_sent_and_never_told(caplog):

@@ -135,9 +135,8 @@ class OpenAIPolicy:
             `Future[Generation]`: Raises [`~mm_prm.chat_client.ChatServerError`] if no server answers. Cancelling it
             cancels the request.
         """
-        payload = self.payload(problem, request)
         whole: Future[Generation] = Future()
-        self._ask(payload, request, [], whole)
+        self._ask(self.payload(problem, request), request, [], whole)
         return whole
 
     def generate(self, requests: Sequence[tuple[Problem, RolloutRequest]]) -> list[Generation]:
@@ -163,7 +162,8 @@ class OpenAIPolicy:
             "model": self.model,
             "messages": self._messages(parts, steps if in_turn else None),
             **self.sampling,
-            "n": request.num_rollouts,
+            # Greedy samples are all the same, and vLLM refuses to compute several.
+            "n": request.num_rollouts if self.sampling["temperature"] else 1,
             "seed": request.seed,
         }
         return payload | _CONTINUE if in_turn else payload
@@ -177,12 +177,12 @@ class OpenAIPolicy:
     ) -> None:
         """Collects the samples of a request: a server that limits `n` is asked again for what is left."""
         have = sum(len(answer.choices) for answer in answers)
-        future = self.client.submit({**payload, "n": request.num_rollouts - have, "seed": request.seed + have})
+        future = self.client.submit({**payload, "n": payload["n"] - have, "seed": payload["seed"] + have})
 
         def received(part: "Future[ChatCompletion]") -> None:
             try:
                 answers.append(part.result())
-                if sum(len(answer.choices) for answer in answers) < request.num_rollouts:
+                if sum(len(answer.choices) for answer in answers) < payload["n"]:
                     self._ask(payload, request, answers, whole)
                 elif whole.set_running_or_notify_cancel():
                     whole.set_result(self._generation(answers, request))
@@ -207,6 +207,8 @@ class OpenAIPolicy:
                 self._rollout(choice, num_tokens, bool(request.prefix))
                 for choice, num_tokens in zip(answer.choices, tokens, strict=True)
             ]
+        if not self.sampling["temperature"]:
+            rollouts = rollouts[:1] * request.num_rollouts
         return Generation(rollouts[: request.num_rollouts], answers[0].prompt_tokens or 0)
 
     def _rollout(self, choice: ChatChoice, num_tokens: int, continues: bool) -> Rollout:
