@@ -92,6 +92,34 @@ def special_token_texts(tokenizer: _HasSpecialTokens, extra: Collection[str] = (
     return tuple(sorted(text for text in texts if text.strip()))
 
 
+class _AddsTokens(Protocol):
+    @property
+    def bos_token(self) -> str | None: ...
+
+    @property
+    def bos_token_id(self) -> int | None: ...
+
+    def __call__(self, text: str) -> Mapping[str, Any]: ...
+
+
+def beginning_of_text(tokenizer: _AddsTokens) -> str:
+    """
+    Tell what a tokenizer puts before every text by itself, so that it can be written exactly once.
+
+    Some chat templates write this token and some leave it to the tokenizer. Rendered text that does not begin with it
+    gets it in front, and is tokenised without special tokens.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer that will read the text.
+
+    Returns:
+        `str`: Its `bos_token`, or `""` for a tokenizer that adds none.
+    """
+    first = list(tokenizer("")["input_ids"])[:1]
+    return tokenizer.bos_token or "" if first and first[0] == tokenizer.bos_token_id else ""
+
+
 def split_image_markers(question: str, num_images: int) -> list[str | None]:
     """
     Split a question of a problem row into text and image slots.

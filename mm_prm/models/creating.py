@@ -11,6 +11,7 @@ from transformers.utils import logging
 from .auto import _HUB_ARGUMENTS, REWARD_TOKENS, STEP_TOKEN, set_process_reward_config, stock_class
 from .modeling import ProcessRewardMixin, get_output_head, process_reward_class
 from .processing import ProcessRewardProcessor
+from .templates import TemplateStyle
 from .vision import batch_vision_attention
 
 logger = logging.get_logger(__name__)
@@ -24,6 +25,7 @@ def create_process_reward_model(
     *,
     step_token: str = STEP_TOKEN,
     reward_tokens: tuple[str, str] = REWARD_TOKENS,
+    template_style: TemplateStyle = "chat",
     seed: int = 0,
     **kwargs,
 ) -> tuple[PreTrainedModel, ProcessRewardProcessor]:
@@ -47,6 +49,8 @@ def create_process_reward_model(
             Token that ends a step. Added if the tokenizer does not have it.
         reward_tokens (`tuple[str, str]`, *optional*, defaults to `("No", "Yes")`):
             Tokens for wrong and right. Added if they are not single tokens of the tokenizer.
+        template_style (`str`, *optional*, defaults to `"chat"`):
+            `"chat"` or `"mm_prm"`, see [`ProcessRewardProcessor`].
         seed (`int`, *optional*, defaults to `0`):
             Seed of the new embedding rows.
         kwargs:
@@ -56,7 +60,10 @@ def create_process_reward_model(
     hub_arguments = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
     stock = stock_class(AutoConfig.from_pretrained(path, **hub_arguments))
     processor = ProcessRewardProcessor.from_processor(
-        AutoProcessor.from_pretrained(path, **hub_arguments), step_token=step_token, reward_tokens=reward_tokens
+        AutoProcessor.from_pretrained(path, **hub_arguments),
+        step_token=step_token,
+        reward_tokens=reward_tokens,
+        template_style=template_style,
     )
     kwargs.pop("trust_remote_code", None)
     model = stock.from_pretrained(path, use_safetensors=True, **kwargs)

@@ -1,7 +1,7 @@
 """The processor of a process reward model: problems and steps in, tensors with step positions and labels out.
 
-One template serves training, scoring and search: the question and its images in the user turn of the chat template, the
-steps in the assistant turn, each followed by the step token, with a blank line between two of them.
+One template serves training, scoring and search. Its style, saved with the processor, says where question, images and
+steps stand; each step is followed by the step token.
 """
 
 import json
@@ -17,11 +17,16 @@ import torch
 from transformers import AddedToken, AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import cached_file
 
-from ..data.text import neutralize_special_tokens, question_text, special_token_texts, split_image_markers
+from ..data.text import (
+    beginning_of_text,
+    neutralize_special_tokens,
+    question_text,
+    special_token_texts,
+    split_image_markers,
+)
 from .auto import _HUB_ARGUMENTS, REWARD_TOKENS, STEP_TOKEN
 from .prompts import Prompt, PromptRenderer, PromptTensors
-
-STEP_SEPARATOR = "\n\n"
+from .templates import PromptTemplate, TemplateStyle
 
 _FILE_NAME = "process_reward_processor.json"
 
@@ -41,6 +46,9 @@ class ProcessRewardProcessor:
             Token that follows each step.
         reward_tokens (`tuple[str, str]`, *optional*, defaults to `("No", "Yes")`):
             Tokens for wrong and right.
+        template_style (`str`, *optional*, defaults to `"chat"`):
+            `"chat"` (the question in the user turn, the steps in the answer) or `"mm_prm"` (the text with which MM-PRM was
+            evaluated, for models converted from it); see [`PromptTemplate`].
     """
 
     def __init__(
@@ -48,6 +56,7 @@ class ProcessRewardProcessor:
         processor: ProcessorMixin | PreTrainedTokenizerBase,
         step_token: str = STEP_TOKEN,
         reward_tokens: tuple[str, str] = REWARD_TOKENS,
+        template_style: TemplateStyle = "chat",
     ):
         self.processor = processor
         self.tokenizer: PreTrainedTokenizerBase = (
@@ -55,6 +64,7 @@ class ProcessRewardProcessor:
         )
         self.step_token = step_token
         self.reward_tokens = tuple(reward_tokens)
+        self.template_style = template_style
         vocabulary = self.tokenizer.get_vocab()
         for token in (step_token, *reward_tokens):
             if token not in vocabulary:
@@ -75,7 +85,8 @@ class ProcessRewardProcessor:
         self._special_tokens = tuple(
             token for token in special_token_texts(self.tokenizer, extra=(step_token,)) if token not in reward_tokens
         )
-        self._renderer = PromptRenderer(processor, self.tokenizer)
+        self._template = PromptTemplate(processor, template_style, beginning_of_text(self.tokenizer))
+        self._renderer = PromptRenderer(processor, self.tokenizer, self._template)
 
     @classmethod
     def from_processor(
@@ -84,6 +95,7 @@ class ProcessRewardProcessor:
         *,
         step_token: str = STEP_TOKEN,
         reward_tokens: tuple[str, str] = REWARD_TOKENS,
+        template_style: TemplateStyle = "chat",
     ) -> "ProcessRewardProcessor":
         """
         Makes a processor out of a policy's, and adds the tokens that its tokenizer does not have (in place).
@@ -97,6 +109,8 @@ class ProcessRewardProcessor:
                 Token that follows each step.
             reward_tokens (`tuple[str, str]`, *optional*, defaults to `("No", "Yes")`):
                 Tokens for wrong and right.
+            template_style (`str`, *optional*, defaults to `"chat"`):
+                `"chat"` or `"mm_prm"`.
         """
         tokenizer = processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
         known = tokenizer.get_vocab()
@@ -107,7 +121,7 @@ class ProcessRewardProcessor:
         tokenizer.add_tokens(
             [AddedToken(token, single_word=True, normalized=False) for token in reward_tokens if token not in known]
         )
-        wrapped = cls(processor, step_token, reward_tokens)
+        wrapped = cls(processor, step_token, reward_tokens, template_style)
         vocabulary = tokenizer.get_vocab()
         wrapped.added_token_ids = tuple(
             vocabulary[token] for token in (step_token, *reward_tokens) if token not in known
@@ -135,11 +149,16 @@ class ProcessRewardProcessor:
             )
         settings = json.loads(Path(file).read_text(encoding="utf-8"))
         processor = AutoProcessor.from_pretrained(path, **kwargs)
-        return cls(processor, settings["step_token"], tuple(settings["reward_tokens"]))
+        return cls(
+            processor,
+            settings["step_token"],
+            tuple(settings["reward_tokens"]),
+            settings.get("template_style", "chat"),  # not in files written before there were two
+        )
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> list[str]:
         """
-        Saves the wrapped processor as it is, and beside it one small file with the names of the tokens.
+        Saves the wrapped processor as it is, and beside it one small file with tokens and template style.
 
         Args:
             save_directory (`str` or `os.PathLike`):
@@ -148,7 +167,11 @@ class ProcessRewardProcessor:
                 Arguments of the wrapped processor's `save_pretrained`.
         """
         files = self.processor.save_pretrained(save_directory, **kwargs)
-        settings = {"step_token": self.step_token, "reward_tokens": list(self.reward_tokens)}
+        settings = {
+            "step_token": self.step_token,
+            "reward_tokens": list(self.reward_tokens),
+            "template_style": self.template_style,
+        }
         file = Path(save_directory) / _FILE_NAME
         file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return [*files, str(file)]
@@ -272,7 +295,7 @@ class ProcessRewardProcessor:
 
     def num_tokens(self, problem: Mapping[str, Any], steps: Sequence[str]) -> int:
         """
-        Returns the length in tokens of a row, its image tokens included.
+        Returns the length in tokens of a row up to its last step token, its image tokens included.
 
         Args:
             problem (`Mapping[str, Any]`):
@@ -280,7 +303,7 @@ class ProcessRewardProcessor:
             steps (`Sequence[str]`):
                 The steps.
         """
-        return self([problem], [steps])["input_ids"].shape[1]
+        return int(self([problem], [steps])["step_mask"][0].nonzero()[-1]) + 1
 
     def parts(self, problem: Mapping[str, Any]) -> list[str | None]:
         """
@@ -307,7 +330,8 @@ class ProcessRewardProcessor:
 
     def _answer(self, steps: Sequence[str]) -> str:
         clean = [neutralize_special_tokens(step.strip(), self._special_tokens) for step in steps]
-        return STEP_SEPARATOR.join(step + self.step_token for step in clean)
+        separator, ending = self._template.step_separator, self._template.ending
+        return separator.join(step + self.step_token for step in clean) + ending
 
     def _encode_completions(self, prompts: list[Prompt], completions: Sequence[Sequence[str]]) -> list[np.ndarray]:
         """Token ids of everything behind the prompts' last special token; see [`Prompt`]."""
@@ -377,6 +401,12 @@ def _check_rows(
             raise ValueError(
                 f"{_row_name(index, problems)}: completions = {steps!r}: must be a list of at least one step"
             )
+        for number, step in enumerate(steps):
+            if not isinstance(step, str) or not step.strip():
+                raise ValueError(
+                    f"{_row_name(index, problems)}: completions[{number}] = {step!r}: a step must be a text that is not "
+                    "empty; mm_prm.data.text.clean_steps leaves empty ones out"
+                )
         if labels is None:
             continue
         if len(labels[index]) != len(steps):

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from .templates import PromptTemplate
+
 # Outputs of a processor with one row for each text; all others belong to the images.
 _TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 _MAX_RENDERED = 4096
@@ -77,10 +79,18 @@ class PromptRenderer:
             Processor, or tokenizer of a text-only model.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The processor's tokenizer.
+        template ([`PromptTemplate`]):
+            Writes the prompts.
     """
 
-    def __init__(self, processor: ProcessorMixin | PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        processor: ProcessorMixin | PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase,
+        template: PromptTemplate,
+    ):
         self.processor = processor
+        self.template = template
         self.tokenizer = tokenizer
         self._rendered: dict[tuple[str | None, ...], tuple[str, str, str, tuple[int, ...]]] = {}
         specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -101,7 +111,7 @@ class PromptRenderer:
         if key not in self._rendered:
             if len(self._rendered) >= _MAX_RENDERED:
                 self._rendered.clear()
-            text = self._apply_chat_template(parts)
+            text = self.template.prompt(parts)
             anchor, tail = self._cut(text)
             ids = self.tokenizer(anchor + tail, add_special_tokens=False)["input_ids"]
             self._rendered[key] = (text, anchor, tail, tuple(ids[1:] if anchor else ids))
@@ -136,17 +146,6 @@ class PromptRenderer:
             token_types={key: encoded[key] for key in _TOKEN_TYPES if key in encoded},
             images=images,
         )
-
-    def _apply_chat_template(self, parts: Sequence[str | None]) -> str:
-        content: Any
-        if isinstance(self.processor, PreTrainedTokenizerBase):
-            if None in parts:
-                raise ValueError("the problem has images, but the model reads text only")
-            content = "".join(part for part in parts if part is not None)
-        else:
-            content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        return str(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def _process(self, prompts: list[Prompt]) -> tuple[dict[str, list[np.ndarray]], dict[str, torch.Tensor]]:
         """Ids and types of each prompt without its tail, and the image tensors of all prompts."""

@@ -16,7 +16,13 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from mm_prm.data.text import neutralize_special_tokens, question_text, special_token_texts, split_image_markers
+from mm_prm.data.text import (
+    beginning_of_text,
+    neutralize_special_tokens,
+    question_text,
+    special_token_texts,
+    split_image_markers,
+)
 
 from .questions import decoded_images, previous_steps
 from .steps import StepFormat, format_steps
@@ -86,11 +92,7 @@ class PromptBuilder:
         # The placeholder of an image need not be a token of the tokenizer.
         placeholders = [self.processor.image_token] if self._reads_images else []
         self._special_tokens = special_token_texts(self.tokenizer, extra=placeholders)
-        # As `apply_chat_template(tokenize=True)` does it: a template either writes the first token itself, or leaves it
-        # to the tokenizer of a vision-language model.
-        rendered = self._render(self._user_turn(["A question?"]), True)
-        first_token = self.tokenizer.bos_token
-        self._add_special_tokens = bool(self._reads_images and first_token and not rendered.startswith(first_token))
+        self._beginning = beginning_of_text(self.tokenizer)
         self._cache: OrderedDict[Any, Prompt] = OrderedDict()
         self._cache_bytes = 0
         self.prefix_in_turn = self._keeps_prefixes()
@@ -206,7 +208,7 @@ class PromptBuilder:
         outputs = self.processor(
             text=[text],
             images=[list(images)] if images else None,
-            add_special_tokens=self._add_special_tokens,
+            add_special_tokens=False,
             return_tensors="pt",
         )
         length = outputs["input_ids"].shape[-1]
@@ -216,7 +218,7 @@ class PromptBuilder:
         return Prompt(text, text_tokens, sequences, pictures)
 
     def _tokenize(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=self._add_special_tokens)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _neutralize(self, text: str) -> str:
         return neutralize_special_tokens(text, self._special_tokens)
@@ -233,9 +235,10 @@ class PromptBuilder:
                 {"role": turn["role"], "content": "".join(part["text"] for part in turn["content"])}
                 for turn in messages
             ]
-        return self.processor.apply_chat_template(
+        text = self.processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
+        return text if text.startswith(self._beginning) else self._beginning + text
 
     def _keeps_prefixes(self) -> bool:
         """Whether the generation prompt and a first step are the beginning of the finished turn."""

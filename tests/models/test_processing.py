@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from transformers import (
@@ -9,8 +11,10 @@ from transformers import (
 )
 
 from mm_prm.models import AutoModelForProcessReward, ProcessRewardProcessor
+from mm_prm.policies.prompts import PromptBuilder
 
 from ..testing_utils import CHAT_TEMPLATE, SPECIAL_TOKENS, build_tiny_tokenizer, tiny_image, tiny_problem
+from .tiny_processors import PROCESSORS
 
 STEPS = ["Bar A shows 7.", "7 - 3 = 4.", "The answer is 4."]
 
@@ -92,7 +96,6 @@ HOSTILE = [
     "<|image_pad|><image>",
     "< prm>",
     "<prm",
-    "",
 ]
 
 
@@ -257,3 +260,107 @@ def test_scored_alone_is_scored_in_a_batch(tiny_prm_path, processor):
             row = processor([problem], [steps])
             alone.append(model(**row).logits.softmax(-1)[..., 1][row["step_mask"]])
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-6)
+
+
+MM_PRM_OPENING = "<|im_start|>user\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def mm_prm_processor(tiny_vlm_path):
+    return ProcessRewardProcessor.from_processor(AutoProcessor.from_pretrained(tiny_vlm_path), template_style="mm_prm")
+
+
+def test_mm_prm_style_is_the_ancestors_text(mm_prm_processor):
+    picture = "<|vision_start|><|image_pad|><|vision_end|>"
+    text = mm_prm_processor.text(tiny_problem(1), STEPS)
+    assert text == (
+        f"{MM_PRM_OPENING}{picture}\nQuestion: How much higher is bar A than 1?\n"
+        "Process: Bar A shows 7.<prm>7 - 3 = 4.<prm>The answer is 4.<prm><|im_end|>\n"
+    )
+    # Without a marker, the images come first as well; markers within the question stay where they are
+    two = {"images": [tiny_image(1), tiny_image(2)]}
+    for question, expected in [
+        ("Which?", f"{picture}\n{picture}\nQuestion: Which?"),
+        ("<image><image>\nWhich?", f"{picture}\n{picture}\nQuestion: Which?"),
+        ("Left <image> or <image>?", f"Question: Left {picture} or {picture}?"),
+    ]:
+        text = mm_prm_processor.text({"question": question, **two}, ["Left."])
+        assert text == f"{MM_PRM_OPENING}{expected}\nProcess: Left.<prm><|im_end|>\n"
+
+
+def test_mm_prm_style_tokens_are_those_of_the_whole_text(mm_prm_processor):
+    problems = [tiny_problem(1), tiny_problem(2, num_images=2), {"question": "1 + 1?", "images": []}]
+    completions = [STEPS, STEPS[:1], STEPS[:2]]
+    batch = mm_prm_processor(problems, completions)
+    expected = mm_prm_processor.processor(
+        text=[mm_prm_processor.text(*row) for row in zip(problems, completions, strict=True)],
+        images=[image for problem in problems for image in problem["images"]],
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    )
+    for key in expected:
+        assert torch.equal(batch[key], expected[key]), key
+    assert torch.equal(batch["step_mask"], batch["input_ids"] == mm_prm_processor.step_token_id)
+
+
+def test_mm_prm_style_breaks_up_special_tokens(mm_prm_processor):
+    problem = {**tiny_problem(1), "question": "<image> is <prm> <|image_pad|> <image> <|vision_start|>?"}
+    ids = mm_prm_processor([problem], [HOSTILE])["input_ids"][0]
+    for token, count in [("<prm>", len(HOSTILE)), ("<|image_pad|>", 16), ("<|im_start|>", 2), ("<|im_end|>", 1)]:
+        assert (ids == mm_prm_processor.tokenizer.convert_tokens_to_ids(token)).sum() == count, token
+
+
+def test_mm_prm_style_is_cut_behind_a_step(mm_prm_processor):
+    whole = mm_prm_processor([tiny_problem(1)], [STEPS])
+    ends = whole["step_mask"][0].nonzero().squeeze(1) + 1
+    assert mm_prm_processor.num_tokens(tiny_problem(1), STEPS) == ends[2] < whole["input_ids"].shape[1]
+    for max_length, kept in [(int(ends[2]), 3), (int(ends[2]) - 1, 2)]:
+        cut = mm_prm_processor([tiny_problem(1)], [STEPS], max_length=max_length)
+        assert torch.equal(cut["input_ids"], whole["input_ids"][:, : ends[kept - 1]])
+
+
+def test_the_template_style_is_saved_and_an_older_file_means_chat(mm_prm_processor, tmp_path):
+    mm_prm_processor.save_pretrained(tmp_path)
+    loaded = ProcessRewardProcessor.from_pretrained(tmp_path)
+    assert loaded.template_style == "mm_prm"
+    assert loaded.text(tiny_problem(1), STEPS) == mm_prm_processor.text(tiny_problem(1), STEPS)
+    file = tmp_path / "process_reward_processor.json"
+    settings = json.loads(file.read_text())
+    del settings["template_style"]
+    file.write_text(json.dumps(settings))
+    older = ProcessRewardProcessor.from_pretrained(tmp_path)
+    assert older.template_style == "chat"
+    assert older.text(tiny_problem(1), STEPS).endswith(
+        "?<|im_end|>\n<|im_start|>assistant\n" + "\n\n".join(f"{step}<prm>" for step in STEPS)
+    )
+
+
+def test_template_styles_that_cannot_be_are_refused(tiny_vlm_path):
+    plain = AutoProcessor.from_pretrained(tiny_vlm_path)
+    with pytest.raises(ValueError, match="template_style = 'mmprm': must be one of chat, mm_prm"):
+        ProcessRewardProcessor.from_processor(plain, template_style="mmprm")
+    plain.chat_template = "{% for message in messages %}User: {{ message['content'] }}{% endfor %}Assistant:"
+    with pytest.raises(ValueError, match="'mm_prm': needs a chat template that writes ChatML"):
+        ProcessRewardProcessor.from_processor(plain, template_style="mm_prm")
+
+
+@pytest.mark.parametrize("step", ["", " \n", None])
+def test_an_empty_step_is_named(processor, step):
+    with pytest.raises(ValueError, match=r"row 1 \(problem 'problem-2'\): completions\[2\] = .*not empty"):
+        processor([tiny_problem(1), tiny_problem(2)], [STEPS, [*STEPS[:2], step]])
+
+
+@pytest.mark.parametrize("written", [True, False], ids=["by the template", "by the tokenizer"])
+def test_a_text_begins_with_bos_once_as_for_the_policy(written):
+    # Llama's tokenizer puts it before every text by itself, and its chat template writes it too; others leave it away
+    tokenizer = PROCESSORS["llama"]()
+    if not written:
+        tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "")
+    policy_prompt, _ = PromptBuilder(tokenizer).build({"id": "1", "question": "1 + 1?", "images": []}, [])
+    processor = ProcessRewardProcessor.from_processor(tokenizer)
+    ids = processor([{"question": "1 + 1?", "images": []}], [["1 + 1 = 2."]])["input_ids"][0].tolist()
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.bos_token_id) == 1
+    prompt_ids = policy_prompt.sequences["input_ids"].tolist()
+    assert ids[: len(prompt_ids)] == prompt_ids
