@@ -3,6 +3,7 @@
 from .auto import AutoModelForProcessReward, is_process_reward_config
 from .creating import create_process_reward_model, prepare_model_for_process_reward
 from .modeling import ProcessRewardMixin, ProcessRewardOutput, process_reward_loss
+from .pipeline import ProcessRewardPipeline
 from .positions import PositionPrecomputer
 from .processing import ProcessRewardProcessor
 from .vision import batch_vision_attention
@@ -12,6 +13,7 @@ __all__ = [
     "PositionPrecomputer",
     "ProcessRewardMixin",
     "ProcessRewardOutput",
+    "ProcessRewardPipeline",
     "ProcessRewardProcessor",
     "batch_vision_attention",
     "create_process_reward_model",

@@ -297,14 +297,17 @@ def get_output_head(model: PreTrainedModel) -> RewardHead:
 
 
 def _check_reward_head(model: PreTrainedModel) -> None:
-    """Refuses a head that something put in the place of ours after the model was built, as quantisation does."""
+    """Refuses a head that quantisation replaced, or filled with numbers that are not its weights."""
     head = model.get_output_embeddings()
-    if not any(isinstance(module, RewardHead) for module in head.modules()):
-        name = next(name for name, module in model.named_modules() if module is head)
-        raise ValueError(
-            f"the output head {name!r} was replaced by a {type(head).__name__}, whose rows cannot be read; leave it as it "
-            f"is: with bitsandbytes, add {name!r} to `llm_int8_skip_modules`, or do not set these"
-        )
+    own = [module for module in head.modules() if isinstance(module, RewardHead)]
+    if own and all(module.weight.is_floating_point() for module in own):
+        return
+    name = next(name for name, module in model.named_modules() if module is head)
+    what = f"{own[0].weight.dtype} weights" if own else f"a {type(head).__name__}"
+    raise ValueError(
+        f"the output head {name!r} is quantised ({what}), so its rows cannot be read; leave {name!r} out of the "
+        "quantisation, as transformers does by default (bitsandbytes: `llm_int8_skip_modules`)"
+    )
 
 
 def _check_adapter(head: nn.Module) -> None:
