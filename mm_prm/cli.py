@@ -18,6 +18,7 @@ COMMANDS = {
     "rows": "turn trees into stepwise rows to train on",
     "train": "train a process reward model on stepwise rows",
     "score": "give every step of every candidate solution its score",
+    "serve": "serve a process reward model with vLLM",
     "best-of-n": "measure how often the best-scored candidate is right",
     "quickstart": "run the whole path on the embedded mini world, with a report",
     "convert": "make a checkpoint in a foreign layout one that transformers loads without remote code",

@@ -1,9 +1,11 @@
 """`mm-prm score`: candidate pools in, the same pools with a score for each step out.
 
 mm-prm score --pools candidates.jsonl --problems problems.json --model path/to/prm --output pools.parquet
+mm-prm score --pools candidates.jsonl --problems problems.json --base_url http://127.0.0.1:8000 --output pools.parquet
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +15,7 @@ from mm_prm.settings import parse_settings
 if TYPE_CHECKING:
     import datasets
 
-    from mm_prm.inference import Scorer
+    from mm_prm.inference import Scorer, ServedScorer
 
 # Problems whose images are in memory at a time, and whose candidates share batches.
 _PROBLEMS_AT_ONCE = 64
@@ -32,8 +34,13 @@ class ScoreSettings:
             Problems of the pools; see `mm-prm annotate`.
         output (`str`):
             Where the scored pools go: a folder, or a .parquet or .jsonl file.
-        model (`str`, *optional*, defaults to `"mini-prm"`):
-            Process reward model: a folder, a Hub repository, or mini-prm for the embedded one.
+        model (`str`, *optional*):
+            Process reward model: a folder, a Hub repository, or mini-prm for the embedded one, which is taken if none is
+            given. With a server, where its processor lies; where the server has the model from if not given.
+        base_url (`str`, *optional*):
+            Address of a server that `mm-prm serve` started, which then computes the scores.
+        max_concurrency (`int`, *optional*, defaults to `16`):
+            Most requests to the server at once.
         dtype (`str`, *optional*):
             Type of the weights; that of the checkpoint if not given.
         device (`str`, *optional*):
@@ -56,7 +63,9 @@ class ScoreSettings:
     pools: str
     problems: str
     output: str
-    model: str = "mini-prm"
+    model: str | None = None
+    base_url: str | None = None
+    max_concurrency: int = 16
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str | None = None
     max_tokens: int = 16384
@@ -65,6 +74,10 @@ class ScoreSettings:
     on_bad_row: Literal["raise", "skip"] = "raise"
     judge_timeout_seconds: float = 5.0
     output_json: str | None = None
+
+    def __post_init__(self):
+        if self.base_url is not None and (self.dtype is not None or self.device is not None):
+            raise ValueError("dtype and device are the server's business; leave them out where base_url is given")
 
 
 def main(args: Sequence[str], prog: str) -> int:
@@ -80,7 +93,6 @@ def run(settings: ScoreSettings) -> int:
 
     from mm_prm.commands.files import check_output, read_table, write_json, write_rows, write_settings_beside
     from mm_prm.data import load_problems
-    from mm_prm.embedded import model_path
 
     output = check_output(settings.output)
     rows = read_table(settings.pools)
@@ -96,16 +108,7 @@ def run(settings: ScoreSettings) -> int:
         raise InputError(f"{settings.pools}: there are no candidates to score")
     write_settings_beside(output, settings)
 
-    from mm_prm.inference import Scorer
-
-    with reading_input("model"):
-        scorer = Scorer.from_pretrained(
-            model_path(settings.model),
-            dtype=settings.dtype,
-            device=settings.device,
-            max_tokens=settings.max_tokens,
-            share_prefix=settings.share_prefix,
-        )
+    scorer = _scorer(settings)
     began = time.perf_counter()
     write_rows("pool", _scored(pools, problems, places, scorer, settings.judge_timeout_seconds), output)
     report = {
@@ -124,6 +127,33 @@ def run(settings: ScoreSettings) -> int:
         print(f"left out: {name}: {reason}")
     print(f"pools: {settings.output}")
     return 0
+
+
+def _scorer(settings: ScoreSettings) -> "Scorer | ServedScorer":
+    from mm_prm.embedded import model_path
+    from mm_prm.inference import Scorer, ServedScorer
+
+    if settings.base_url is not None:
+        with reading_input(settings.base_url):
+            return ServedScorer(settings.base_url, settings.model, max_concurrency=settings.max_concurrency)
+    with reading_input("model"):
+        return Scorer.from_pretrained(
+            model_path(settings.model or "mini-prm"),
+            dtype=settings.dtype,
+            device=settings.device,
+            max_tokens=settings.max_tokens,
+            share_prefix=settings.share_prefix,
+        )
+
+
+@contextmanager
+def _reading_scores() -> Iterator[None]:
+    from mm_prm.inference.served import ScoreServerError
+
+    try:
+        yield
+    except ScoreServerError as error:
+        raise InputError(str(error)) from error
 
 
 def _checked(rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
@@ -149,7 +179,7 @@ def _scored(
     pools: Sequence[dict[str, Any]],
     problems: "datasets.Dataset",
     places: Mapping[str, int],
-    scorer: "Scorer",
+    scorer: "Scorer | ServedScorer",
     judge_timeout_seconds: float,
 ) -> Iterator[dict[str, Any]]:
     from mm_prm.commands.progress import ProgressBar
@@ -166,7 +196,8 @@ def _scored(
             def show(done: int, total: int, start: int = start, size: int = len(batch)) -> None:
                 bar.update(start + done * size // total)
 
-            scores = scorer.score(rows, candidates, show)
+            with _reading_scores():
+                scores = scorer.score(rows, candidates, show)
             for pool, judged in zip(batch, build_pools(rows, candidates, judge, scores), strict=True):
                 yield judged | pool | {"step_scores": judged["step_scores"]}
         bar.update(len(pools))

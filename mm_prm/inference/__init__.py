@@ -1,5 +1,6 @@
 """Scoring candidates with a process reward model, and choosing among them."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .aggregators import AGGREGATORS, PROBABILITY_AGGREGATORS
@@ -7,21 +8,27 @@ from .best_of_n import Selection, build_pools, group_answers, select
 
 if TYPE_CHECKING:
     from .scorer import Scorer
+    from .served import ServedScorer
+    from .vllm import VLLMScorer
 
 __all__ = [
     "AGGREGATORS",
     "PROBABILITY_AGGREGATORS",
     "Scorer",
     "Selection",
+    "ServedScorer",
+    "VLLMScorer",
     "build_pools",
     "group_answers",
     "select",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name != "Scorer":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .scorer import Scorer  # torch, which choosing among scored candidates does not need
+# torch and a network library load with these, which choosing among scored candidates does not need.
+_SCORERS = {"Scorer": "scorer", "ServedScorer": "served", "VLLMScorer": "vllm"}
 
-    return Scorer
+
+def __getattr__(name: str) -> Any:
+    if name not in _SCORERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_SCORERS[name]}"), name)

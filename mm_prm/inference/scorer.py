@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .rows import Row, collate, encode_rows, token_budget_batches, windows
+from .solutions import Steps, distinct_solutions, scores_of_candidates
 
 logger = logging.getLogger(__name__)
 
@@ -112,10 +113,8 @@ class Scorer:
             `list[list[list[float]]]`: For each problem and candidate one score in [0, 1] for each step; `[]` for a
             candidate without steps.
         """
-        if len(problems) != len(candidates):
-            raise ValueError(f"{len(problems)} problems and {len(candidates)} lists of candidates; give one list each")
-        distinct = [list(dict.fromkeys(tuple(steps) for steps in solutions if steps)) for solutions in candidates]
-        scores: list[dict[tuple[str, ...], list[float]]] = [{} for _ in problems]
+        distinct = distinct_solutions(problems, candidates)
+        scores: list[dict[Steps, list[float]]] = [{} for _ in problems]
         total, done = sum(map(len, distinct)), 0
         # Problems of similar length come together, so that the windows hold rows of similar length.
         order = sorted(
@@ -132,10 +131,7 @@ class Scorer:
                     done += len(rows)
                     if progress is not None:
                         progress(done, total)
-        return [
-            [list(known[tuple(steps)]) if steps else [] for steps in solutions]
-            for known, solutions in zip(scores, candidates, strict=True)
-        ]
+        return scores_of_candidates(scores, candidates)
 
     def _score_window(self, rows: list[Row]) -> Iterator[tuple[list[Row], list[list[float]]]]:
         # With images and without, architectures count positions in different ways: one says nothing about the other.

@@ -130,7 +130,9 @@ def set_process_reward_config(config: PreTrainedConfig, processor: Any) -> None:
     """
     config.step_token_id = processor.step_token_id
     config.reward_token_ids = list(processor.reward_token_ids)
+    # vLLM reads the tokens in both places; they are one where there is text only.
     config.classifier_from_token = list(processor.reward_tokens)
+    config.get_text_config().classifier_from_token = list(processor.reward_tokens)
     config.method = "no_post_processing"
     config.num_labels = 2
     config.id2label = {0: "wrong", 1: "right"}
