@@ -20,6 +20,7 @@ COMMANDS = {
     "score": "give every step of every candidate solution its score",
     "serve": "serve a process reward model with vLLM",
     "best-of-n": "measure how often the best-scored candidate is right",
+    "evaluate": "measure a policy and a process reward model on a benchmark",
     "quickstart": "run the whole path on the embedded mini world, with a report",
     "convert": "make a checkpoint in a foreign layout one that transformers loads without remote code",
 }

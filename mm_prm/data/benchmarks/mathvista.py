@@ -4,8 +4,7 @@ from .loading import Benchmark, Row
 
 
 def _row(row: Row) -> dict:
-    precision = row.get("precision")
-    is_decimal = row["answer_type"] == "float" and precision is not None
+    precision = row["precision"] if row["answer_type"] == "float" else None
     return {
         "id": row["pid"],
         "question": row["query"],
@@ -15,7 +14,7 @@ def _row(row: Row) -> dict:
         "source": "AI4Math/MathVista",
         "subject": (row.get("metadata") or {}).get("task"),
         # Rounding to so many decimals is what the official check does, before it compares texts.
-        "tolerance": 0.5 * 10.0 ** -int(precision) if is_decimal else None,
+        "tolerance": None if precision is None else 0.5 * 10.0 ** -int(precision),
     }
 
 

@@ -1,10 +1,13 @@
 """MM-K12: school mathematics with pictures that matter, the 500 test problems of the MM-PRM paper."""
 
+from typing import Any
+
 from .loading import Benchmark, Row
 
 
 def _row(row: Row) -> dict:
-    image = next((row[name] for name in ("image", "image_path", "images") if row.get(name) is not None), [])
+    columns = (row.get(name) for name in ("image", "image_path", "images"))
+    image: Any = next((value for value in columns if value is not None), [])
     return {
         "id": row["id"],
         "question": row["question"],

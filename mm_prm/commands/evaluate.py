@@ -1,0 +1,377 @@
+"""`mm-prm evaluate`: a policy and a process reward model in, their numbers on a benchmark out.
+
+mm-prm evaluate --benchmark mathvision --policy path/or/hub-id --model path/or/hub-id --output evaluation
+mm-prm evaluate --benchmark processbench --model path/or/hub-id --output evaluation
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mm_prm.commands import InputError, reading_input
+from mm_prm.settings import parse_settings
+
+if TYPE_CHECKING:
+    from mm_prm.annotation.journal import Journal
+    from mm_prm.annotation.protocols import Policy
+    from mm_prm.data.benchmarks import LoadedBenchmark
+
+
+@dataclass
+class EvaluateSettings:
+    """
+    What is measured on which benchmark.
+
+    Args:
+        benchmark (`str`):
+            mm-k12, olympiadbench, mathvista, mathverse, mathvision, processbench or visualprocessbench.
+        output (`str`):
+            Folder of the results. What is finished is kept there in a journal, and a run that was killed goes on.
+        model (`str`, *optional*, defaults to `"mini-prm"`):
+            Process reward model: a folder, a Hub repository, or mini-prm for the embedded one.
+        policy (`str`, *optional*, defaults to `"mini-policy"`):
+            Model that writes the solutions: a folder, a Hub repository, or mini-policy for the embedded one. With
+            policy_base_urls the name under which the servers serve it.
+        candidates (`str`, *optional*):
+            Solutions to score instead of the policy's: a folder, or a .parquet, .jsonl or .json file, with `problem_id`
+            and `candidates` (for each candidate the list of its steps).
+        benchmark_path (`str`, *optional*):
+            Local copy of the benchmark: a file of its columns, or a folder of them. From the Hub if not given.
+        limit (`int`, *optional*):
+            Take at most so many rows of each split.
+        on_bad_row (`str`, *optional*, defaults to `"raise"`):
+            At a row of the benchmark that cannot be used: stop, or leave it out and list it.
+        output_json (`str`, *optional*):
+            Write the results there, too.
+        num_candidates (`int`, *optional*, defaults to `16`):
+            Solutions of each problem.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the solutions and of the resampling.
+        policy_backend (`str`, *optional*, defaults to `"transformers"`):
+            What runs the policy in this process; servers are given by policy_base_urls.
+        policy_base_urls (`list[str]`, *optional*):
+            Addresses of OpenAI-compatible servers of the policy, up to and including /v1.
+        policy_temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature.
+        policy_top_k (`int`, *optional*, defaults to `50`):
+            Number of most probable tokens to sample from; 0 takes all.
+        policy_top_p (`float`, *optional*, defaults to `0.9`):
+            Samples from the smallest set of most probable tokens whose probability reaches this; 1 takes all.
+        policy_max_new_tokens (`int`, *optional*, defaults to `1024`):
+            Most tokens of a solution. One that reaches it has no answer.
+        policy_step_format (`str`, *optional*, defaults to `"paragraphs"`):
+            How the policy writes its steps.
+        dtype (`str`, *optional*):
+            Type of the weights of policy and model; that of the checkpoint if not given.
+        device (`str`, *optional*):
+            Where to compute, for example cuda:0; the GPU if there is one.
+        max_tokens (`int`, *optional*, defaults to `16384`):
+            Largest number of tokens of a scored batch, padding included.
+        judge_timeout_seconds (`float`, *optional*, defaults to `5.0`):
+            Time limit of one comparison of formulas.
+        threshold (`float`, *optional*):
+            For benchmarks of labelled steps: a threshold fixed beforehand, beside 0.5 and the oracle's.
+        calibrate_on (`str`, *optional*):
+            For benchmarks of labelled steps: the subset on which a threshold is calibrated. It is then not measured.
+        neutral (`str`, *optional*, defaults to `"leave_out"`):
+            For benchmarks of labelled steps: what neutral steps count as.
+        num_resamples (`int`, *optional*, defaults to `2000`):
+            Number of bootstrap resamples of the problems.
+    """
+
+    benchmark: str
+    output: str
+    model: str = "mini-prm"
+    policy: str = "mini-policy"
+    candidates: str | None = None
+    benchmark_path: str | None = None
+    limit: int | None = None
+    on_bad_row: Literal["raise", "skip"] = "raise"
+    output_json: str | None = None
+    num_candidates: int = 16
+    seed: int = 0
+    policy_backend: Literal["transformers", "vllm"] = "transformers"
+    policy_base_urls: list[str] | None = None
+    policy_temperature: float = 1.0
+    policy_top_k: int = 50
+    policy_top_p: float = 0.9
+    policy_max_new_tokens: int = 1024
+    policy_step_format: Literal["paragraphs", "tags", "numbered"] = "paragraphs"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    device: str | None = None
+    max_tokens: int = 16384
+    judge_timeout_seconds: float = 5.0
+    threshold: float | None = None
+    calibrate_on: str | None = None
+    neutral: Literal["leave_out", "wrong"] = "leave_out"
+    num_resamples: int = 2000
+
+    def __post_init__(self) -> None:
+        for name in ("num_candidates", "num_resamples", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} = {value}: give a number above 0")
+
+
+def main(args: Sequence[str], prog: str) -> int:
+    """Run the command; returns its exit status."""
+    description = "Measure a policy and a process reward model on a benchmark."
+    return run(parse_settings(EvaluateSettings, args, prog=prog, description=description))
+
+
+def run(settings: EvaluateSettings) -> int:
+    """Sample, score, judge and measure; print the table."""
+    from mm_prm.annotation.journal import Journal, JournalError
+    from mm_prm.commands.files import write_json
+    from mm_prm.data.benchmarks import load_benchmark
+    from mm_prm.settings import write_settings
+
+    output = Path(settings.output).expanduser()
+    with reading_input(settings.benchmark):
+        output.mkdir(parents=True, exist_ok=True)
+        loaded = load_benchmark(
+            settings.benchmark, settings.benchmark_path, on_bad_row=settings.on_bad_row, limit=settings.limit
+        )
+    if loaded.solutions and settings.candidates:
+        raise InputError(f"candidates: {settings.benchmark} has its own solutions; leave it out")
+    write_settings(output, settings)
+    try:
+        with Journal(output / "journal.sqlite") as journal:
+            measure = _measure_steps if loaded.solutions else _measure_answers
+            metrics = measure(settings, loaded, journal, output)
+    except JournalError as error:
+        raise InputError(str(error)) from error
+    report = {
+        "benchmark": settings.benchmark,
+        "policy": None if loaded.solutions or settings.candidates else settings.policy,
+        "model": settings.model,
+        "answer_rule": loaded.benchmark.answer_rule,
+        "left_out": loaded.left_out,
+        "paper": dict(loaded.benchmark.paper),
+        **metrics,
+    }
+    write_json(str(output / "results.json"), report)
+    write_json(settings.output_json, report)
+    for name, percent in loaded.benchmark.paper.items():
+        print(f"the MM-PRM paper: {name}: {percent:.1f} %")
+    for entry in loaded.left_out:
+        print(f"left out: {entry['id']}: {entry['reason']}")
+    print(f"results: {output / 'results.json'}")
+    return 0
+
+
+def _measure_answers(
+    settings: EvaluateSettings, loaded: "LoadedBenchmark", journal: "Journal", output: Path
+) -> dict[str, Any]:
+    """Best-of-N over sampled solutions, or those of a file."""
+    from mm_prm.commands.best_of_n import print_tables
+    from mm_prm.commands.files import write_rows
+    from mm_prm.evaluation import ToleranceJudge, sample_candidates
+    from mm_prm.evaluation.stages import count_empty
+    from mm_prm.inference import build_pools
+    from mm_prm.judges import RulesJudge
+    from mm_prm.metrics.best_of_n.best_of_n import BestOfN
+
+    problems = loaded.problems
+    if settings.candidates is not None:
+        chosen, candidates = _read_candidates(settings.candidates, problems["id"][:])
+        problems = problems.select(chosen)
+    else:
+        open_policy, identity = _policy(settings)
+        with _progress("solutions", len(problems)) as show:
+            candidates = sample_candidates(
+                problems, open_policy, identity, settings.num_candidates, settings.seed, journal, show
+            )
+    scores = _scores(settings, problems, candidates, journal)
+    judge = ToleranceJudge(RulesJudge(settings.judge_timeout_seconds), loaded.tolerances)
+    pools = build_pools(list(problems.remove_columns("images")), candidates, judge, scores)
+    write_rows("pool", pools, output / "pools.parquet")
+    columns = {name: [pool[name] for pool in pools] for name in ("correct", "step_scores", "answers", "candidates")}
+    results = BestOfN().compute(**columns, num_resamples=settings.num_resamples, seed=settings.seed)
+    counts = {
+        "candidates_without_steps": count_empty(candidates),
+        "unknown_verdicts": sum(verdict is None for pool in pools for verdict in pool["correct"]),
+    }
+    print_tables(results, Path(settings.model).name)
+    print(", ".join(f"{number} {name.replace('_', ' ')}" for name, number in counts.items()))
+    return counts | {"metrics": results}
+
+
+def _measure_steps(
+    settings: EvaluateSettings, loaded: "LoadedBenchmark", journal: "Journal", output: Path
+) -> dict[str, Any]:
+    """Wrong steps found, on solutions whose steps are labelled."""
+    from mm_prm.metrics.step_errors.step_errors import StepErrors
+
+    by_problem: dict[str, list[dict[str, Any]]] = {problem_id: [] for problem_id in loaded.problems["id"]}
+    for solution in loaded.solutions:
+        by_problem[solution["problem_id"]].append(solution)
+    candidates = [[solution["steps"] for solution in solutions] for solutions in by_problem.values()]
+    scores = _scores(settings, loaded.problems, candidates, journal)
+    rows = [
+        solution | {"step_scores": step_scores}
+        for solutions, each in zip(by_problem.values(), scores, strict=True)
+        for solution, step_scores in zip(solutions, each, strict=True)
+    ]
+    validation = [row for row in rows if row["subset"] == settings.calibrate_on]
+    measured = [row for row in rows if row["subset"] != settings.calibrate_on]
+    if settings.calibrate_on is not None and not (validation and measured):
+        subsets = ", ".join(sorted({row["subset"] for row in rows}))
+        raise InputError(f"calibrate_on = {settings.calibrate_on!r}: give one of several subsets; there are {subsets}")
+    kind = "first_error" if "first_error" in rows[0] else "step_labels"
+
+    def columns(chosen: list[dict[str, Any]], *names: str) -> dict[str, list[Any]]:
+        return {name: [row[name] for row in chosen] for name in ("step_scores", kind, *names)}
+
+    results = StepErrors().compute(
+        **columns(measured, "subset"),
+        problem_ids=[row["problem_id"] for row in measured],
+        threshold=settings.threshold,
+        validation=columns(validation) if validation else None,
+        neutral=settings.neutral,
+        num_resamples=settings.num_resamples,
+        seed=settings.seed,
+    )
+    print_step_tables(results)
+    return {"metrics": results}
+
+
+def _read_candidates(path: str, problem_ids: Sequence[str]) -> tuple[list[int], list[list[list[str]]]]:
+    """Which problems have solutions in the file, and these solutions."""
+    from mm_prm.commands.files import read_table
+    from mm_prm.data.features import validate_row
+
+    places = {problem_id: place for place, problem_id in enumerate(problem_ids)}
+    found: dict[int, list[list[str]]] = {}
+    with reading_input(path):
+        for number, row in enumerate(read_table(path, key="pools")):
+            pool = dict(row) if isinstance(row, Mapping) else row
+            if isinstance(pool, dict):
+                size = len(pool["candidates"]) if isinstance(pool.get("candidates"), list) else 0
+                pool = {name: pool[name] for name in ("problem_id", "candidates") if name in pool}
+                pool |= {"answers": [""] * size, "correct": [None] * size, "step_scores": []}
+            validate_row("pool", pool, number)
+            if pool["problem_id"] not in places:
+                raise InputError(f"{path}: row {number}: problem_id = {pool['problem_id']!r}: no such problem")
+            if places[pool["problem_id"]] in found:
+                raise InputError(f"{path}: row {number}: problem_id = {pool['problem_id']!r}: occurs twice")
+            found[places[pool["problem_id"]]] = pool["candidates"]
+    if not found:
+        raise InputError(f"{path}: there are no rows")
+    chosen = sorted(found)
+    return chosen, [found[place] for place in chosen]
+
+
+def _policy(settings: EvaluateSettings) -> "tuple[Callable[[], Policy], str]":
+    """How to open the policy, and what it is."""
+    from mm_prm.annotation.identity import describe
+    from mm_prm.embedded import model_path
+
+    sampling: dict[str, Any] = {
+        "temperature": settings.policy_temperature,
+        "top_k": settings.policy_top_k,
+        "top_p": settings.policy_top_p,
+        "max_new_tokens": settings.policy_max_new_tokens,
+        "step_format": settings.policy_step_format,
+    }
+    if settings.policy_base_urls:
+        from mm_prm.policies.openai import OpenAIPolicy
+
+        urls = settings.policy_base_urls
+        # Which servers answer does not change what is sampled, only the model they serve.
+        identity = describe(OpenAIPolicy, None, sampling | {"model": settings.policy})
+        return _opening(lambda: OpenAIPolicy(settings.policy, urls, **sampling)), identity
+    with reading_input("policy"):
+        path = model_path(settings.policy)
+    if settings.policy_backend == "vllm":
+        from mm_prm.policies.vllm import VLLMPolicy
+
+        sampling["dtype"] = settings.dtype
+        return _opening(lambda: VLLMPolicy(path, **sampling)), describe(VLLMPolicy, path, sampling)
+    from mm_prm.policies.transformers import TransformersPolicy
+
+    sampling["dtype"] = settings.dtype
+    return (
+        _opening(lambda: TransformersPolicy.from_pretrained(path, device=settings.device, **sampling)),
+        describe(TransformersPolicy.from_pretrained, path, sampling),
+    )
+
+
+def _opening(open_policy: "Callable[[], Policy]") -> "Callable[[], Policy]":
+    def opened() -> "Policy":
+        with reading_input("policy"):
+            return open_policy()
+
+    return opened
+
+
+def _scores(
+    settings: EvaluateSettings, problems: Any, candidates: Sequence[Any], journal: "Journal"
+) -> list[list[list[float]]]:
+    from mm_prm.annotation.identity import describe
+    from mm_prm.embedded import model_path
+    from mm_prm.evaluation import score_candidates
+    from mm_prm.inference import Scorer
+
+    with reading_input("model"):
+        path = model_path(settings.model)
+
+    def open_scorer() -> Scorer:
+        with reading_input("model"):
+            return Scorer.from_pretrained(
+                path, dtype=settings.dtype, device=settings.device, max_tokens=settings.max_tokens
+            )
+
+    identity = describe(Scorer.from_pretrained, path, {"dtype": settings.dtype})
+    with _progress("score", len(problems)) as show:
+        return score_candidates(problems, candidates, open_scorer, identity, journal, show)
+
+
+def _progress(name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    from contextlib import contextmanager
+
+    from mm_prm.commands.progress import ProgressBar
+
+    @contextmanager
+    def bar():
+        with ProgressBar(name, total) as shown:
+            yield shown.update
+
+    return bar()
+
+
+def print_step_tables(results: Mapping[str, Any]) -> None:
+    """Print the figures of each threshold, over all by each convention and for each subset."""
+    import sys
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(next(iter(results["thresholds"].values()))["pooled"])
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("threshold", "", *names):
+        table.add_column(heading, no_wrap=True, justify="right" if heading in names else "left")
+    for name, at in results["thresholds"].items():
+        shown = name if name == "0.5" else f"{name} ({at['threshold']:.3f})"
+        parts = {
+            part.replace("_", " "): at[part] for part in ("mean_of_subsets", "pooled", "weighted_mean_of_subsets")
+        }
+        for part, figures in (parts | at["subsets"]).items():
+            table.add_row(shown, part, *(_figure(figures[figure]) for figure in names))
+            shown = ""
+    print(
+        f"{results['num_solutions']} solutions, {results['num_right']} right and {results['num_wrong']} wrong steps, "
+        f"{results['num_neutral']} neutral, {results['num_unscored']} solutions unscored"
+    )
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    auc = results["auc"]["pooled"]
+    print(f"AUC of right against wrong steps: {'not defined' if auc is None else f'{auc:.3f}'}")
+
+
+def _figure(figure: Mapping[str, float] | None) -> str:
+    if figure is None:
+        return "–"
+    return f"{100 * figure['value']:.1f} [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"

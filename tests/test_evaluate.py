@@ -1,0 +1,152 @@
+"""`mm-prm evaluate`: the embedded models on problems in a benchmark's columns, cut short and continued."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from mm_prm.annotation.journal import Journal
+from mm_prm.annotation.protocols import Verdict
+from mm_prm.cli import main
+from mm_prm.data import mini, validate_rows
+from mm_prm.evaluation import ToleranceJudge, stages
+from mm_prm.judges import RulesJudge
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+NUM_PROBLEMS = 5
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(stages, "_PROBLEMS_AT_ONCE", 2)
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def problems():
+    """Problems of the mini world in the columns of MM-K12."""
+    rows = [
+        {"id": row["id"], "question": row["question"], "answer": row["answer"], "image": row["images"][0]}
+        for row in mini.generate_problems("test", NUM_PROBLEMS, 3)
+    ]
+    dataset = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    dataset.to_parquet("problems.parquet")
+    return dataset
+
+
+ARGS = ["evaluate", "--benchmark", "mm-k12", "--benchmark_path", "problems.parquet", "--num_candidates", "4"]
+ARGS += ["--policy_max_new_tokens", "128", "--policy_top_k", "0", "--policy_top_p", "1.0", "--num_resamples", "100"]
+
+
+def read(folder):
+    return datasets.Dataset.from_parquet(f"{folder}/pools.parquet").to_list(), json.loads(
+        Path(folder, "results.json").read_text(encoding="utf-8")
+    )
+
+
+def test_interrupted_and_continued_equals_uninterrupted(problems, monkeypatch, capsys):
+    assert main([*ARGS, "--output", "whole", "--output_json", "out.json"]) == 0
+    printed = capsys.readouterr().out
+    assert "5 problems, 4 candidates each at most" in printed and "weighted vote" in printed
+    assert "the MM-PRM paper: MM-Policy: 33.9 %" in printed
+    pools, results = read("whole")
+    assert validate_rows("pool", pools) == NUM_PROBLEMS
+    assert all(len(pool["candidates"]) == 4 for pool in pools)
+    assert {score for pool in pools for scores in pool["step_scores"] for score in scores} != set()
+    assert results == json.loads(Path("out.json").read_text(encoding="utf-8"))
+    assert results["metrics"]["num_candidates"] == 4 and "majority" in results["metrics"]
+
+    commit = Journal.commit
+    calls = []
+
+    def until(limit):
+        def interrupted(self, key, row):
+            if len(calls) == limit:
+                raise KeyboardInterrupt
+            calls.append(key)
+            commit(self, key, row)
+
+        return interrupted
+
+    # First within a chunk of solutions, then within a chunk of scores, then to the end.
+    for limit in (3, 8):
+        monkeypatch.setattr(Journal, "commit", until(limit))
+        assert main([*ARGS, "--output", "cut"]) == 130
+    monkeypatch.setattr(Journal, "commit", until(1000))
+    assert main([*ARGS, "--output", "cut"]) == 0
+    assert read("cut") == (pools, results)
+    # 3 solutions, then 5 more (the chunk that was cut, again); so the last run has scores to make only.
+    assert len(calls) == 8 + 5 - 2
+
+    calls.clear()
+    assert main([*ARGS, "--output", "cut"]) == 0
+    assert calls == []
+    assert main([*ARGS, "--output", "cut", "--seed", "1", "--limit", "1"]) == 0
+    assert len(calls) == 2 and read("cut")[0][0]["candidates"] != pools[0]["candidates"]
+
+
+def test_candidates_of_a_file(problems, capsys):
+    right = mini.problem("test", 3).solution("right")
+    rows = [{"problem_id": problems[0]["id"], "candidates": [right, ["The answer is 977."], []], "note": "x"}]
+    Path("candidates.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert main([*ARGS, "--candidates", "candidates.jsonl", "--output", "out"]) == 0
+    pools, results = read("out")
+    assert pools[0]["correct"][0] is True and pools[0]["correct"][1] is not True
+    assert pools[0]["step_scores"][2] == [] and results["candidates_without_steps"] == 1
+    assert results["policy"] is None and results["metrics"]["oracle"]["value"] == 1.0
+
+    Path("candidates.jsonl").write_text(json.dumps(rows[0] | {"problem_id": "other"}), encoding="utf-8")
+    assert main([*ARGS, "--candidates", "candidates.jsonl", "--output", "out"]) == 2
+    assert "candidates.jsonl: row 0: problem_id = 'other'" in capsys.readouterr().err
+
+
+def test_steps_of_processbench(capsys):
+    path = SHARED / "processbench"
+    if not path.exists():
+        pytest.skip(f"the sample of ProcessBench is not here: {path} is missing")
+    args = ["evaluate", "--benchmark", "processbench", "--benchmark_path", str(path), "--limit", "2"]
+    args += ["--output", "out", "--num_resamples", "50", "--threshold", "0.3"]
+    assert main([*args, "--calibrate_on", "gsm8k"]) == 0
+    assert "mean of subsets" in capsys.readouterr().out
+    metrics = json.loads(Path("out/results.json").read_text(encoding="utf-8"))["metrics"]
+    assert list(metrics["thresholds"]) == ["0.5", "fixed", "calibrated", "oracle"]
+    assert set(metrics["thresholds"]["0.5"]["subsets"]) == {"math", "olympiadbench", "omnimath"}
+    assert metrics["num_solutions"] == 6 and metrics["num_unscored"] == 0
+    assert main([*args, "--calibrate_on", "gsm8"]) == 2
+    assert "there are gsm8k, math, olympiadbench, omnimath" in capsys.readouterr().err
+    assert main([*args, "--candidates", "x.jsonl"]) == 2
+    assert "processbench has its own solutions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--benchmark", "mathsight"], "use one of mm-k12, olympiadbench"),
+        (["--benchmark_path", "nowhere.parquet"], "nowhere.parquet: there is no such file or folder"),
+        (["--benchmark", "mathvista"], "column 'pid' is missing; there are id, question, answer, image"),
+        (["--policy", "./nowhere"], "./nowhere: there is no such folder"),
+        (["--num_candidates", "0"], "num_candidates = 0: give a number above 0"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(problems, args, message, capsys):
+    assert main([*ARGS, "--output", "out", *args]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_tolerance():
+    judge = ToleranceJudge(RulesJudge(), {"near": 0.05})
+    problem = {"id": "near", "answer": "1.2", "choices": []}
+
+    def verdict(answer, **changes):
+        return judge.judge(problem | changes, [f"The answer is {answer}."]).verdict
+
+    assert [verdict("1.2"), verdict("1.249"), verdict("1.25"), verdict("1.26")] == ["right", "right", "right", "wrong"]
+    assert verdict("1.249", id="other") == "wrong"
+    assert judge.judge(problem, ["The answer is red."]) == RulesJudge().judge(problem, ["The answer is red."])
+    assert isinstance(judge.judge(problem, ["The answer is 1.23."]), Verdict)
