@@ -25,8 +25,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .auto import REWARD_TOKENS, STEP_TOKEN, set_process_reward_config
 from .convert_internvl_config import Released, convert_config, head_name, image_processors, read_config, read_json
 from .convert_internvl_tokenizer import CONTEXT_TOKEN, END_OF_TURN, chat_template, convert_tokenizer
+from .processing import ProcessRewardProcessor
 
 logger = logging.get_logger(__name__)
 
@@ -75,7 +77,8 @@ def convert_internvl_chat(
     """
     Convert a checkpoint in the released InternVLChat layout to one that transformers loads without remote code.
 
-    Weights keep their dtype. The destination appears when it is complete, and not at all after an error.
+    Weights keep their dtype. A source whose tokenizer has the step token `<prm>` becomes a process reward model that reads
+    the ancestor's text (template style `mm_prm`). The destination appears when it is complete, and not at all after an error.
 
     Args:
         source (`str` or `os.PathLike`):
@@ -115,6 +118,11 @@ def convert_internvl_chat(
     if tokenizer is not None:
         _make_room(state, config, source, len(tokenizer))
 
+    reward_processor = None
+    if tokenizer is not None and {STEP_TOKEN, *REWARD_TOKENS} <= tokenizer.get_vocab().keys():
+        # A released process reward model, to be read as it was evaluated
+        reward_processor = ProcessRewardProcessor(processor, template_style="mm_prm")
+        set_process_reward_config(config, reward_processor)
     with torch.device("meta"):
         model = InternVLForConditionalGeneration(config)
     model.load_state_dict(state, assign=True)
@@ -125,7 +133,7 @@ def convert_internvl_chat(
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as folder:
         checkpoint = Path(folder) / destination.name
         model.save_pretrained(checkpoint, max_shard_size="5GB")
-        processor.save_pretrained(checkpoint)
+        (reward_processor or processor).save_pretrained(checkpoint)
         checkpoint.rename(destination)
     return config
 

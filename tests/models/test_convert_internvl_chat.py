@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from mm_prm.cli import main
-from mm_prm.models import AutoModelForProcessReward, create_process_reward_model
+from mm_prm.models import AutoModelForProcessReward, ProcessRewardProcessor, create_process_reward_model
 from mm_prm.models.convert_internvl_chat import convert_internvl_chat
 from mm_prm.models.convert_internvl_config import Released, image_processors
 
@@ -365,6 +365,31 @@ def test_chat_template_and_scores(released, tmp_path):
     batch = reward_processor([{"question": "How many?", "images": [picture]}], [["One and one.", "The answer is 2."]])
     scores = model(**batch).logits[batch["step_mask"]].softmax(dim=-1)[:, 1]
     assert scores.shape == (2,) and bool(((scores > 0) & (scores < 1)).all())
+
+
+@pytest.mark.parametrize("kind", ["internlm2", "qwen2"])
+def test_a_released_prm_reads_the_text_it_was_evaluated_with(kind, released, tmp_path):
+    source, out = released(kind), tmp_path / "out"
+    _add_tokenizer(kind, source)
+    convert_internvl_chat(source, out)
+    processor = ProcessRewardProcessor.from_pretrained(out)
+    assert processor.template_style == "mm_prm"
+    problem = {"question": "How many?", "images": [Image.new("RGB", (56, 56), "white")]}
+    steps = ["One and one.", "The answer is 2."]
+    opening = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<|im_start|>assistant\n"
+    process = "Question: How many?\nProcess: One and one.<prm>The answer is 2.<prm><|im_end|>\n"
+    bos = "<s>" if kind == "internlm2" else ""
+    assert processor.text(problem, steps) == f"{bos}{opening}<IMG_CONTEXT>\n{process}"
+    batch = processor([problem], [steps])
+    # InternLM2's tokenizer puts <s> there by itself, as it did for the ancestor
+    picture = "<img>" + "<IMG_CONTEXT>" * 4 + "</img>"
+    assert (
+        batch["input_ids"][0].tolist()
+        == AutoTokenizer.from_pretrained(out)(f"{opening}{picture}\n{process}")["input_ids"]
+    )
+    model = AutoModelForProcessReward.from_pretrained(out).eval()
+    assert model.config.step_token_id == processor.step_token_id
+    assert model(**batch).logits[batch["step_mask"]].shape == (2, 2)
 
 
 def _tiles_of_the_ancestor(image: Image.Image, size: int, max_num: int) -> list[Image.Image]:
