@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import random
+import re
 import threading
 import time
 import weakref
@@ -22,6 +23,8 @@ from typing import Any
 
 import aiohttp
 
+from mm_prm.data.text import IMAGE_MARKER, neutralize_special_tokens
+
 logger = logging.getLogger(__name__)
 
 # Answers that another attempt may mend; any other refusal is one of the request itself.
@@ -31,6 +34,13 @@ _CONNECT_SECONDS = 10.0
 # A server that has just failed is left alone for as long as others answer; longer from one failure to the next.
 _REST_SECONDS = 5.0
 _LONGEST_QUOTE = 300
+
+# What chat templates and processors give a meaning to, where a server's tokenizer is not at hand.
+_SPECIAL_TEXT = re.compile(
+    r"<\|[^<>|\n]{1,40}\|>|<｜[^<>\n]{1,40}｜>|</?(?:s|img|think|prm|tool_call|tool_response|image|video)>"
+    r"|<(?:bos|eos|pad|unk|image_soft_token|start_of_image|end_of_image|start_of_turn|end_of_turn|IMG_CONTEXT)>"
+    r"|\[/?(?:INST|IMG|IMG_BREAK|IMG_END|SYSTEM_PROMPT|TOOL_CALLS)\]"
+)
 
 
 class ChatServerError(ConnectionError):
@@ -237,6 +247,23 @@ class _Exchange:
             return _read(json.loads(body))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise _Retry(f"an answer that is none ({type(error).__name__}: {error}): {_quote(body)}") from error
+
+
+def neutralize_chat_markup(text: str) -> str:
+    """
+    Breaks up what looks like a special token, for servers whose tokenizer is not at hand.
+
+    Args:
+        text (`str`):
+            Text of a question, a step or an answer.
+
+    Returns:
+        `str`: The text, in which no markup of the usual chat templates occurs; see
+        [`~mm_prm.data.text.neutralize_special_tokens`].
+    """
+    while found := set(_SPECIAL_TEXT.findall(text)):
+        text = neutralize_special_tokens(text, sorted(found))
+    return neutralize_special_tokens(text, (IMAGE_MARKER,))
 
 
 def _retry_after(value: str | None) -> float:

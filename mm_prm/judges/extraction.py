@@ -27,6 +27,11 @@ _WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
 _RELATION = re.compile(r"(?:=|≈|\\approx|\bis\b|\bare\b|\bequals\b)")
 
 
+def final_step(solution: Sequence[str]) -> str:
+    """The last step that says something, stripped; empty if none does."""
+    return next((step for step in reversed(solution) if step and not step.isspace()), "").strip()
+
+
 def extract_answer(solution: Sequence[str], choices: Sequence[str] = ()) -> str:
     r"""
     Reads the final answer from the last step of a solution.
@@ -44,7 +49,7 @@ def extract_answer(solution: Sequence[str], choices: Sequence[str] = ()) -> str:
     Returns:
         `str`: The answer as it was written, empty if there is none.
     """
-    last = next((step for step in reversed(solution) if step.strip()), "").strip()[-_MOST_CHARACTERS:]
+    last = final_step(solution)[-_MOST_CHARACTERS:]
     if last in choices:
         return last
     tags = [match[1].strip() for match in _TAG.finditer(last)]

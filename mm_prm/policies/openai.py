@@ -5,7 +5,6 @@ import hashlib
 import io
 import logging
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
@@ -14,9 +13,15 @@ from typing import Any
 from PIL import Image
 
 from mm_prm.annotation.protocols import Generation, Problem, Rollout, RolloutRequest, RolloutStatus
-from mm_prm.chat_client import ChatChoice, ChatClient, ChatCompletion, ChatRequestError, ChatServerError
+from mm_prm.chat_client import (
+    ChatChoice,
+    ChatClient,
+    ChatCompletion,
+    ChatRequestError,
+    ChatServerError,
+    neutralize_chat_markup,
+)
 from mm_prm.data.text import (
-    IMAGE_MARKER,
     neutralize_special_tokens,
     question_text,
     special_token_texts,
@@ -29,12 +34,6 @@ from .steps import StepFormat, format_steps, parse_steps
 
 logger = logging.getLogger(__name__)
 
-# What chat templates and processors give a meaning to, where the server's tokenizer is not at hand.
-_SPECIAL_TEXT = re.compile(
-    r"<\|[^<>|\n]{1,40}\|>|<｜[^<>\n]{1,40}｜>|</?(?:s|img|think|prm|tool_call|tool_response|image|video)>"
-    r"|<(?:bos|eos|pad|unk|image_soft_token|start_of_image|end_of_image|start_of_turn|end_of_turn|IMG_CONTEXT)>"
-    r"|\[/?(?:INST|IMG|IMG_BREAK|IMG_END|SYSTEM_PROMPT|TOOL_CALLS)\]"
-)
 _CACHED_IMAGE_BYTES = 256 * 2**20
 # Text whose tokens can be counted: twice the text is twice the tokens, give or take one where the halves meet.
 _PROBE = " 1 2 3 4 5 6 7 8 9"
@@ -221,9 +220,7 @@ class OpenAIPolicy:
     def _neutralize(self, text: str) -> str:
         if self._special_tokens is not None:
             return neutralize_special_tokens(text, self._special_tokens)
-        while found := set(_SPECIAL_TEXT.findall(text)):
-            text = neutralize_special_tokens(text, sorted(found))
-        return neutralize_special_tokens(text, (IMAGE_MARKER,))
+        return neutralize_chat_markup(text)
 
     def _messages(self, parts: Sequence[str | Image.Image], prefix: str | None) -> list[dict[str, Any]]:
         content: Any = [

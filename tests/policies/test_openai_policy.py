@@ -181,7 +181,9 @@ class TestManyRequests:
         with ChatServer(solve, failures=failures) as first, ChatServer(solve, failures=failures[::-1]) as second:
             policy = open_policy(first, second, max_concurrency=8, timeout_seconds=1.0)
             generations = policy.generate([request(problem, seed=1000 * number) for number in range(40)])
-            assert len(first.payloads) + len(second.payloads) == 40 + 2 * len(failures)
+            used = 2 * len(failures) - len(first.failures) - len(second.failures)
+            assert used > 0
+            assert len(first.payloads) + len(second.payloads) == 40 + used
         for number, generation in enumerate(generations):
             assert [rollout.steps[0] for rollout in generation.rollouts] == [
                 f"Sample {1000 * number + i}." for i in range(2)
