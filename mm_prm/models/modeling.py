@@ -31,10 +31,42 @@ CODE_FILE = "modeling_process_reward.py"
 
 # Architectures with a stock class whose forward does not fit, with the reason that the error gives.
 _UNSUPPORTED_MODEL_TYPES = {
+    "blip-2": "it takes one image with every text",
     "chameleon": "its forward edits the logits of the whole vocabulary",
     "diffusion_gemma": "it does not read text from left to right",
+    "git": "its logits begin with those of image tokens that its inputs do not have",
+    "instructblip": "it takes one image with every text",
+    "instructblipvideo": "it takes one video with every text",
+    "kosmos-2": "its inputs describe the image of every token (`image_embeds_position_mask`)",
+    "kosmos-2.5": "its inputs describe the image of every token (`image_embeds_position_mask`)",
     "mllama": "its inputs describe the image of every token (`cross_attention_mask`)",
+    "musicgen": "it writes audio",
+    "musicgen_melody": "it writes audio",
+    "paligemma": "it reads a prompt in both directions, so that later steps would change the scores of earlier ones",
+    "xlm": "it reads in both directions, so that later steps would change the scores of earlier ones",
+    "xlnet": "it reads in both directions, so that later steps would change the scores of earlier ones",
 }
+# Encoders that are causal language models with `is_decoder = true` only.
+_ENCODER_MODEL_TYPES = frozenset(
+    {
+        "bert",
+        "bert-generation",
+        "big_bird",
+        "camembert",
+        "data2vec-text",
+        "electra",
+        "ernie",
+        "megatron-bert",
+        "rembert",
+        "roberta",
+        "roberta-prelayernorm",
+        "roc_bert",
+        "roformer",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
+)
 
 
 @dataclass
@@ -238,8 +270,8 @@ class ProcessRewardMixin:
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values if use_cache else None,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),  # state space models have none
         )
 
     def generate(self, *args, **kwargs):
@@ -341,8 +373,10 @@ def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def check_config(config: PreTrainedConfig) -> None:
     """Refuses, by name, an architecture that cannot become a process reward model."""
     reason = _UNSUPPORTED_MODEL_TYPES.get(config.model_type)
-    if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
+    if reason is None and (config.is_encoder_decoder or config.get_text_config().is_encoder_decoder):
         reason = "it is an encoder-decoder"
+    if config.model_type in _ENCODER_MODEL_TYPES and not config.is_decoder:
+        reason = "it reads in both directions (its configuration does not say `is_decoder = true`)"
     if reason is not None:
         raise ValueError(f"{config.model_type!r} models cannot become process reward models: {reason}")
 

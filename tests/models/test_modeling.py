@@ -4,9 +4,19 @@ import pickle
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    Blip2Config,
+    BlipConfig,
     ChameleonConfig,
     CLIPConfig,
     GPT2Config,
+    IdeficsConfig,
+    Kosmos2Config,
+    MambaConfig,
+    MusicgenConfig,
+    PaliGemmaConfig,
+    PreTrainedConfig,
     T5Config,
 )
 
@@ -136,17 +146,47 @@ def test_a_process_reward_model_does_not_generate():
         model.generate(**build_inputs("qwen2"))
 
 
+def test_a_state_space_model_has_no_attentions():
+    config = MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=2, vocab_size=120)
+    config.reward_token_ids = list(REWARD_TOKEN_IDS)
+    model = AutoModelForProcessReward.from_config(config).eval()
+    stock = AutoModelForCausalLM.from_config(config).eval()
+    stock.load_state_dict(model.state_dict())
+    inputs = build_inputs("mamba")
+    with torch.no_grad():
+        outputs = model(**inputs)
+        expected = stock(**inputs).logits[..., list(REWARD_TOKEN_IDS)]
+    assert outputs.attentions is None
+    torch.testing.assert_close(outputs.logits, expected, rtol=0, atol=1e-5)
+
+
+_SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 2000,
+}
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
         (T5Config(), "'t5'.*encoder-decoder"),
         (ChameleonConfig(), "'chameleon'.*logits of the whole vocabulary"),
+        (Blip2Config(), "'blip-2'.*one image with every text"),
+        (PaliGemmaConfig(), "'paligemma'.*later steps would change the scores of earlier ones"),
+        (Kosmos2Config(), "'kosmos-2'.*image of every token"),
+        (MusicgenConfig(text_encoder={"model_type": "t5"}), "'musicgen'.*writes audio"),
+        (BertConfig(), "'bert'.*is_decoder = true"),
+        (IdeficsConfig(**_SMALL), "IdeficsForVisionText2Text.*IdeficsDecoupledLinear"),
+        (BlipConfig(), "BlipForConditionalGeneration.*no output head"),
     ],
-    ids=["t5", "chameleon"],
+    ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else "",
 )
 def test_an_architecture_that_cannot_work_says_so_at_load(config, reason):
     config.reward_token_ids = [1000, 1001]
-    with pytest.raises(ValueError, match=reason):
+    with torch.device("meta"), pytest.raises(ValueError, match=reason):
         AutoModelForProcessReward.from_config(config)
 
 
