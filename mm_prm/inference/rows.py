@@ -1,11 +1,13 @@
 """Rows of a problem in tokens, and batches of them: sorted by length, filled up to a budget of tokens."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+
+AnyRow = TypeVar("AnyRow", bound=Sized)
 
 # Outputs of the processor with one entry a token; all others belong to the images.
 _SEQUENCES = ("input_ids", "attention_mask", "step_mask", "mm_token_type_ids", "token_type_ids")
@@ -86,22 +88,22 @@ def collate(rows: Sequence[Row], padding: int) -> dict[str, torch.Tensor]:
     return batch
 
 
-def token_budget_batches(rows: Sequence[Row], max_tokens: int, shared: int = 0) -> list[list[Row]]:
+def token_budget_batches(rows: Sequence[AnyRow], max_tokens: int, shared: int = 0) -> list[list[AnyRow]]:
     """
     Sort rows by length and cut them into batches of at most `max_tokens`, padding included.
 
     Args:
-        rows (`Sequence[Row]`):
-            Rows in any order.
+        rows (`Sequence[Sized]`):
+            Rows, or packed sequences of rows, in any order.
         max_tokens (`int`):
             Largest number of rows times longest row. A row above it makes a batch of its own.
         shared (`int`, *optional*, defaults to `0`):
             Number of leading tokens that were computed before.
 
     Returns:
-        `list[list[Row]]`: Longest first, so that what does not fit into memory fails at once.
+        `list[list[Sized]]`: Longest first, so that what does not fit into memory fails at once.
     """
-    batches: list[list[Row]] = []
+    batches: list[list[AnyRow]] = []
     for row in sorted(rows, key=len, reverse=True):
         longest = len(batches[-1][0]) - shared if batches else 0
         if batches and (len(batches[-1]) + 1) * longest <= max_tokens:

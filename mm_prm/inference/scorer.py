@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from mm_prm.models import TreePacker
+
 from .rows import Row, collate, encode_rows, token_budget_batches, windows
 from .solutions import Steps, distinct_solutions, scores_of_candidates
 
@@ -15,14 +17,17 @@ logger = logging.getLogger(__name__)
 
 # Batches are cut from this many batches' worth of rows sorted by length: little padding, few images held at a time.
 _BATCHES_PER_WINDOW = 16
+# Problems whose images and masks are held at a time
+_PROBLEMS_PER_WINDOW = 64
 
 
 class Scorer:
     """
     Gives each step of a solution its score: the model's P(right) after the step.
 
-    The candidates of a problem share its images and its question. These are computed once, and the candidates continue
-    from the cached keys and values, as a policy's samples do. A solution that occurs more than once is scored once.
+    The candidates of a problem share its images, its question and perhaps some steps. These are computed once: the
+    candidates become one sequence, a tree ([`~mm_prm.models.TreePacker`]), or, where the architecture is not one that
+    reads trees, continue from cached keys and values. A solution that occurs more than once is scored once.
     Scored alone, in a batch, or after a shared prefix, a solution gets the same scores up to rounding.
 
     Args:
@@ -33,9 +38,8 @@ class Scorer:
         max_tokens (`int`, *optional*, defaults to `16384`):
             Largest number of tokens of a batch, padding included.
         share_prefix (`bool`, *optional*, defaults to `True`):
-            Whether candidates continue from their problem's cached prefix. Where an architecture does not support that
-            (checked on the first problem with images and on the first without) each candidate is computed whole. Small models on fast devices do better
-            without: candidates of many problems then share a batch.
+            Whether what candidates share is computed once. Where an architecture supports neither way (cached prefixes are
+            checked on the first problem with images and on the first without) each candidate is computed whole.
 
     Example:
 
@@ -57,6 +61,7 @@ class Scorer:
         self.processor = processor
         self.max_tokens = max_tokens
         self.share_prefix = share_prefix
+        self.packer = _packer(model, processor, max_tokens) if share_prefix else None
         self._prefix_checked: set[bool] = set()  # with images, without
         pad_token_id = processor.tokenizer.pad_token_id
         self._padding = 0 if pad_token_id is None else pad_token_id
@@ -122,6 +127,13 @@ class Scorer:
             key=lambda index: len(problems[index]["question"]) + max(map(_num_characters, distinct[index])),
             reverse=True,
         )
+        if self.packer is not None:
+            for index, steps, row_scores in self._score_packed(self.packer, problems, distinct, order):
+                scores[index][steps] = row_scores
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+            order = []
         groups = (encode_rows(self.processor, index, problems[index], distinct[index]) for index in order)
         with torch.inference_mode():
             for window in windows(groups, 1 if self.share_prefix else _BATCHES_PER_WINDOW * self.max_tokens):
@@ -132,6 +144,30 @@ class Scorer:
                     if progress is not None:
                         progress(done, total)
         return scores_of_candidates(scores, candidates)
+
+    def _score_packed(
+        self,
+        packer: TreePacker,
+        problems: Sequence[Mapping[str, Any]],
+        solutions: Sequence[Sequence[tuple[str, ...]]],
+        order: Sequence[int],
+    ) -> Iterator[tuple[int, tuple[str, ...], list[float]]]:
+        """Compute the candidates of each problem as one sequence, several problems in a batch."""
+        for start in range(0, len(order), _PROBLEMS_PER_WINDOW):
+            rows = [(index, steps) for index in order[start : start + _PROBLEMS_PER_WINDOW] for steps in solutions[index]]
+            encoded = self.processor.encode([problems[index] for index, _ in rows], [steps for _, steps in rows])
+            for batch in token_budget_batches(packer.pack(encoded), self.max_tokens):
+                inputs = self._to_device(packer.collate(encoded, batch))
+                step_mask = inputs.pop("step_mask")
+                for key in ("labels", "label_weights"):
+                    del inputs[key]
+                with torch.inference_mode():
+                    probabilities = self.model(**inputs).logits.float().softmax(dim=-1)[..., 1]
+                packed_scores = probabilities.masked_fill(~step_mask, torch.nan).cpu().numpy()
+                for sequence, sequence_scores in zip(batch, packed_scores, strict=True):
+                    for row, path in zip(sequence.rows, sequence.paths, strict=True):
+                        is_step = encoded.input_ids[row] == self.processor.step_token_id
+                        yield *rows[row], sequence_scores[path[is_step]].tolist()
 
     def _score_window(self, rows: list[Row]) -> Iterator[tuple[list[Row], list[list[float]]]]:
         # With images and without, architectures count positions in different ways: one says nothing about the other.
@@ -203,10 +239,12 @@ class Scorer:
             return False
         return True
 
-    def _to_device(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _to_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            key: tensor.to(self.model.device, self.model.dtype if tensor.is_floating_point() else tensor.dtype)
-            for key, tensor in batch.items()
+            key: value.to(self.model.device, self.model.dtype if value.is_floating_point() else value.dtype)
+            if isinstance(value, torch.Tensor)
+            else value
+            for key, value in batch.items()
         }
 
     @staticmethod
@@ -214,6 +252,14 @@ class Scorer:
         probabilities = logits.float().softmax(dim=-1)[..., 1]
         counts = step_mask.sum(dim=1).tolist()
         return [scores.tolist() for scores in probabilities[step_mask].split(counts)]
+
+
+def _packer(model: Any, processor: Any, max_tokens: int) -> TreePacker | None:
+    try:
+        return TreePacker(model, processor, max_tokens)
+    except ValueError as error:
+        logger.info("%s; candidates continue from a cached prefix", error)
+        return None
 
 
 def _num_characters(steps: Sequence[str]) -> int:

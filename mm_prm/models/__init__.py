@@ -3,6 +3,7 @@
 from .auto import AutoModelForProcessReward, is_process_reward_config
 from .creating import create_process_reward_model, prepare_model_for_process_reward
 from .modeling import ProcessRewardMixin, ProcessRewardOutput, process_reward_loss
+from .packing import TreePacker, pack_rows
 from .pipeline import ProcessRewardPipeline
 from .positions import PositionPrecomputer
 from .processing import ProcessRewardProcessor
@@ -15,9 +16,11 @@ __all__ = [
     "ProcessRewardOutput",
     "ProcessRewardPipeline",
     "ProcessRewardProcessor",
+    "TreePacker",
     "batch_vision_attention",
     "create_process_reward_model",
     "is_process_reward_config",
+    "pack_rows",
     "prepare_model_for_process_reward",
     "process_reward_loss",
 ]

@@ -136,6 +136,8 @@ class PromptRenderer:
         images_per_prompt = [len(prompt.images) for prompt in distinct]
 
         def images(chosen: list[int]) -> dict[str, torch.Tensor]:
+            if not any(images_per_prompt[number] for number in chosen):
+                return {}
             repeated = _repeat_images(features, images_per_prompt, chosen)
             # A layout that we cannot take apart: let the processor do every row
             return self._process([distinct[number] for number in chosen])[1] if repeated is None else repeated

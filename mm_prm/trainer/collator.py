@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers.data.data_collator import DataCollatorMixin
 
-from ..models import PositionPrecomputer, ProcessRewardProcessor
+from ..models import PositionPrecomputer, ProcessRewardProcessor, TreePacker
 from .rows import to_problem
 
 # Keys of a batch that the model does not take
@@ -34,6 +34,8 @@ class DataCollatorForProcessReward(DataCollatorMixin):
             `"none"` or `"num_judged"`; see [`PRMConfig`].
         positions ([`~mm_prm.models.PositionPrecomputer`], *optional*):
             Computes what the model would otherwise compute image by image in its forward.
+        packer ([`~mm_prm.models.TreePacker`], *optional*):
+            Lays rows of one problem out as one sequence. If `None`, each row is one.
         return_tensors (`str`, *optional*, defaults to `"pt"`):
             Only `"pt"`.
     """
@@ -44,20 +46,31 @@ class DataCollatorForProcessReward(DataCollatorMixin):
     hard_threshold: float = 0.0
     label_weighting: str = "none"
     positions: PositionPrecomputer | None = None
+    packer: TreePacker | None = None
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = self.processor(
+        rows = (
             [to_problem(row) for row in examples],
             [row["completions"] for row in examples],
             [self._labels(row["labels"]) for row in examples],
-            max_length=self.max_length,
         )
-        inputs = dict(batch)
-        if self.positions is not None:
-            inputs |= self.positions(inputs)
-        if self.label_weighting == "num_judged":
-            inputs["label_weights"] = self._weights(inputs["step_mask"], examples)
+        inputs: dict[str, torch.Tensor]
+        if self.packer is not None:
+            encoded = self.processor.encode(*rows, max_length=self.max_length)
+            weights = [
+                self._weights(ids == self.processor.step_token_id, row)
+                for ids, row in zip(encoded.input_ids, examples, strict=True)
+            ]
+            inputs = self.packer.collate(encoded, self.packer.pack(encoded, weights))
+        else:
+            inputs = dict(self.processor(*rows, max_length=self.max_length))
+            if self.positions is not None:
+                inputs |= self.positions(inputs)
+            if self.label_weighting == "num_judged":
+                steps = inputs["step_mask"].numpy()
+                weights = [self._weights(mask, row) for mask, row in zip(steps, examples, strict=True)]
+                inputs["label_weights"] = torch.from_numpy(np.stack(weights))
         inputs["row_index"] = torch.tensor([row["row_index"] for row in examples])
         inputs["problem_key"] = torch.tensor([_problem_key(row) for row in examples])
         return inputs
@@ -69,13 +82,14 @@ class DataCollatorForProcessReward(DataCollatorMixin):
             return [None if label is None else float(np.float32(label) > threshold) for label in labels]
         return [None if label is None else float(label) for label in labels]
 
-    def _weights(self, step_mask: torch.Tensor, examples: list[Mapping[str, Any]]) -> torch.Tensor:
-        weights = torch.zeros(step_mask.shape)
-        for index, row in enumerate(examples):
-            positions = step_mask[index].nonzero().squeeze(1)
-            weights[index, positions] = torch.tensor(
-                [float(number or 0) for number in row["num_judged"][: len(positions)]]
-            )
+    def _weights(self, step_mask: np.ndarray, row: Mapping[str, Any]) -> np.ndarray:
+        """A weight for each token of a row."""
+        weights = np.zeros(step_mask.shape, dtype=np.float32)
+        positions = np.flatnonzero(step_mask)
+        if self.label_weighting == "num_judged":
+            weights[positions] = [float(number or 0) for number in row["num_judged"][: len(positions)]]
+        else:
+            weights[positions] = 1.0
         return weights
 
 

@@ -8,6 +8,7 @@ from trl.trainer.base_config import _BaseConfig
 
 LABEL_MODES = ("soft", "hard")
 LABEL_WEIGHTINGS = ("none", "num_judged")
+PACKINGS = ("none", "tree")
 
 
 @dataclass
@@ -38,6 +39,12 @@ class PRMConfig(_BaseConfig):
         max_length (`int`, *optional*):
             Longest sequence in tokens, images included. Whole trailing steps are dropped with their labels; rows that
             have no label left are dropped before training and counted. If `None`, nothing is cut.
+        packing (`str`, *optional*, defaults to `"none"`):
+            `"tree"` lays the rows of one tree (of one `problem_id`) in a batch out as one sequence, in which image,
+            question and every shared step stand once; loss and gradients are those of `"none"`. Batches still count rows.
+        max_tokens (`int`, *optional*):
+            Longest packed sequence. A tree that is longer is split, and what its parts share is repeated. If `None`,
+            trees are not split.
         label_mode (`str`, *optional*, defaults to `"soft"`):
             `"soft"` trains on the labels as they are, `"hard"` on 1 for labels above `hard_threshold` and 0 for others.
         hard_threshold (`float`, *optional*, defaults to `0.0`):
@@ -80,6 +87,17 @@ class PRMConfig(_BaseConfig):
             "rows that have no label left are dropped before training and counted. If `None`, nothing is cut."
         },
     )
+    packing: str = field(
+        default="none",
+        metadata={
+            "help": "'tree' lays the rows of one tree in a batch out as one sequence, in which image, question and every "
+            "shared step stand once; loss and gradients are those of 'none'.",
+            "choices": PACKINGS,
+        },
+    )
+    max_tokens: int | None = field(
+        default=None, metadata={"help": "Longest packed sequence. If `None`, trees are not split."}
+    )
     label_mode: str = field(
         default="soft",
         metadata={
@@ -111,6 +129,10 @@ class PRMConfig(_BaseConfig):
             raise ValueError(
                 f"label_weighting = {self.label_weighting!r}: must be one of {', '.join(LABEL_WEIGHTINGS)}"
             )
+        if self.packing not in PACKINGS:
+            raise ValueError(f"packing = {self.packing!r}: must be one of {', '.join(PACKINGS)}")
+        if self.max_tokens is not None and self.packing == "none":
+            raise ValueError(f"max_tokens = {self.max_tokens}: packing is 'none'; max_length cuts rows")
         if not 0 <= self.hard_threshold < 1:
             raise ValueError(f"hard_threshold = {self.hard_threshold}: must be at least 0 and below 1")
         if self.max_length is not None and self.max_length < 1:

@@ -1,6 +1,7 @@
 """`PRMTrainer`: trains a process reward model on stepwise rows with pictures and soft labels."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -26,6 +27,7 @@ from ..models import (
     PositionPrecomputer,
     ProcessRewardMixin,
     ProcessRewardProcessor,
+    TreePacker,
     create_process_reward_model,
     is_process_reward_config,
 )
@@ -33,7 +35,7 @@ from .collator import ROW_KEYS, DataCollatorForProcessReward
 from .metrics import step_metrics
 from .prm_config import PRMConfig
 from .rows import RowView, prepare_rows
-from .sampler import SortedStepSampler
+from .sampler import SortedStepSampler, TreeSampler
 
 Rows: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
 
@@ -50,6 +52,7 @@ _CARD_SETTINGS = (
     "bf16",
     "fp16",
     "max_length",
+    "packing",
     "label_mode",
     "hard_threshold",
     "label_weighting",
@@ -155,6 +158,7 @@ class PRMTrainer(_BaseTrainer):
             eval_dataset = {name: prepare(rows) for name, rows in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = prepare(eval_dataset)
+        self.eval_collator: DataCollator | None = None
         if data_collator is None:
             data_collator = DataCollatorForProcessReward(
                 processing_class,
@@ -164,6 +168,12 @@ class PRMTrainer(_BaseTrainer):
                 args.label_weighting,
                 PositionPrecomputer.for_model(model),
             )
+            if args.packing == "tree":
+                # Evaluation wants the scores of each row
+                self.eval_collator = data_collator
+                data_collator = replace(data_collator, packer=TreePacker(model, processing_class, args.max_tokens))
+        elif args.packing != "none":
+            raise ValueError(f"packing = {args.packing!r}: a data_collator of your own must pack by itself")
         super().__init__(
             model=model,
             args=args,
@@ -190,11 +200,21 @@ class PRMTrainer(_BaseTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         args = cast(PRMConfig, self.args)
         rows = cast(RowView, train_dataset if train_dataset is not None else self.train_dataset)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        if args.packing == "tree":
+            return TreeSampler(rows.trees(), seed)
         if args.gradient_accumulation_steps == 1 or args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
         step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        seed = args.seed if args.data_seed is None else args.data_seed
         return SortedStepSampler(rows.text_lengths(), step_size, seed)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
+        training_collator = self.data_collator
+        self.data_collator = self.eval_collator or training_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training_collator
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

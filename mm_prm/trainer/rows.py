@@ -56,6 +56,11 @@ class RowView:
         ]
         return [lengths[number] for number in self.indices]
 
+    def trees(self) -> list[str]:
+        """The tree of each row: its problem, or its question where the problem has no id."""
+        trees = [row.get("problem_id") or row["prompt"] for row in _rows_without_images(self.rows)]
+        return [trees[number] for number in self.indices]
+
 
 def prepare_rows(
     rows: datasets.Dataset | Sequence[Mapping[str, Any]],
@@ -86,6 +91,9 @@ def prepare_rows(
             "or a list of rows"
         )
     _check_images(rows)
+    if isinstance(rows, datasets.Dataset) and "images" in rows.column_names:
+        # The processor decodes a picture once, however many rows of a batch show it
+        rows = rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
     labelled, measured = [], []
     for index, row in enumerate(_rows_without_images(rows)):
         _check_row(index, row, needs_num_judged)

@@ -1,6 +1,9 @@
-"""The order of training: shuffled, and sorted by length within each optimizer step, so that batches need little padding."""
+"""
+The order of training: shuffled, and within that either sorted by length in each optimizer step, so that batches need
+little padding, or with rows of one tree next to each other, so that they can be packed.
+"""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
@@ -40,3 +43,39 @@ class SortedStepSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         for step in torch.randperm(len(self.lengths), generator=generator).split(self.step_size):
             yield from step[self.lengths[step].argsort(descending=True, stable=True)].tolist()
+
+
+class TreeSampler(Sampler[int]):
+    """
+    Shuffles trees, and the rows within each, and keeps the rows of a tree together.
+
+    Batches still count rows: one that is full ends within a tree, and the rest of the tree opens the next batch.
+
+    Args:
+        trees (`Sequence[Hashable]`):
+            The tree of each row.
+        seed (`int`):
+            Seed of the order; each epoch has its own.
+    """
+
+    def __init__(self, trees: Sequence[Hashable], seed: int):
+        self.num_rows = len(trees)
+        members: dict[Hashable, list[int]] = {}
+        for row, tree in enumerate(trees):
+            members.setdefault(tree, []).append(row)
+        self.trees = [torch.tensor(rows) for rows in members.values()]
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the next iteration that of `epoch`."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        for tree in torch.randperm(len(self.trees), generator=generator).tolist():
+            rows = self.trees[tree]
+            yield from rows[torch.randperm(len(rows), generator=generator)].tolist()

@@ -43,6 +43,13 @@ def flat(scores) -> torch.Tensor:
     return torch.tensor([score for problem in scores for candidate in problem for score in candidate])
 
 
+def after_cached_prefix(scorer: Scorer, **kwargs) -> Scorer:
+    """A scorer as for an architecture that does not read packed trees."""
+    cached = Scorer(scorer.model, scorer.processor, **kwargs)
+    cached.packer = None
+    return cached
+
+
 def alone(scorer: Scorer, problem, steps) -> list[float]:
     """One forward pass over one solution, without any of the scorer's own code."""
     batch = scorer.processor([problem], [steps])
@@ -51,12 +58,15 @@ def alone(scorer: Scorer, problem, steps) -> list[float]:
         return scorer.model(**batch).logits[step_mask].softmax(dim=-1)[:, 1].tolist()
 
 
-@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("way", ["packed", "cached", "whole"])
 @pytest.mark.parametrize("max_tokens", [1, 300, 16384])
-def test_scored_together_equals_scored_alone(scorer, problems, share_prefix, max_tokens):
-    together = Scorer(scorer.model, scorer.processor, max_tokens=max_tokens, share_prefix=share_prefix)
+def test_scored_together_equals_scored_alone(scorer, problems, way, max_tokens):
+    if way == "cached":
+        together = after_cached_prefix(scorer, max_tokens=max_tokens)
+    else:
+        together = Scorer(scorer.model, scorer.processor, max_tokens=max_tokens, share_prefix=way == "packed")
     scores = together.score(problems, [CANDIDATES] * len(problems))
-    assert together.share_prefix == share_prefix
+    assert (together.packer is not None, together.share_prefix) == (way == "packed", way != "whole")
     expected = [[alone(scorer, problem, steps) for steps in CANDIDATES] for problem in problems]
     assert [[len(candidate) for candidate in problem] for problem in scores] == [
         [len(candidate) for candidate in problem] for problem in expected
@@ -68,11 +78,13 @@ def test_scored_together_equals_scored_alone(scorer, problems, share_prefix, max
     assert (flat([expected[3]]) - flat(scorer.score([swapped], [CANDIDATES]))).abs().max() > 1e-3
 
 
-def test_candidates_that_share_their_first_steps(scorer, problems):
+@pytest.mark.parametrize("way", ["packed", "cached"])
+def test_candidates_that_share_their_first_steps(scorer, problems, way):
     """The common prefix then reaches into the steps; also where one solution is the beginning of another."""
     first = ["Bar A shows 7.", "Bar B shows 3."]
     candidates = [first, [*first, "7 - 3 = 4"], [*first, "The answer is 4."], first[:1]]
-    scores = scorer.score(problems[:1], [candidates])
+    fresh = Scorer(scorer.model, scorer.processor) if way == "packed" else after_cached_prefix(scorer)
+    scores = fresh.score(problems[:1], [candidates])
     expected = [[alone(scorer, problems[0], steps) for steps in candidates]]
     torch.testing.assert_close(flat(scores), flat(expected), atol=1e-5, rtol=0)
 
@@ -131,7 +143,7 @@ def test_architecture_that_cannot_share_a_prefix(scorer, problems, kind, message
         return forward(*args, past_key_values=past_key_values, **kwargs)
 
     monkeypatch.setattr(scorer.model, "forward", limited_forward)
-    limited = Scorer(scorer.model, scorer.processor)
+    limited = after_cached_prefix(scorer)
     with caplog.at_level(logging.WARNING):
         scores = limited.score(problems, [CANDIDATES] * len(problems))
     assert not limited.share_prefix and message in caplog.text
@@ -153,7 +165,7 @@ def test_the_prefix_is_checked_with_images_too(scorer, problems, monkeypatch):
         return forward(*args, past_key_values=past_key_values, pixel_values=pixel_values, **kwargs)
 
     monkeypatch.setattr(scorer.model, "forward", limited_forward)
-    limited = Scorer(scorer.model, scorer.processor)
+    limited = after_cached_prefix(scorer)
     first = limited.score([problems[1]], [CANDIDATES])
     assert limited.share_prefix
     scores = limited.score(problems, [CANDIDATES] * len(problems))
@@ -177,7 +189,7 @@ def test_a_processor_that_loses_a_step_is_an_error(scorer, problems):
 
     broken = type("Losing", (), {"tokenizer": scorer.processor.tokenizer, "__call__": staticmethod(losing)})()
     with pytest.raises(ValueError, match="problem 'problem-1': 3 steps would get 2 scores"):
-        Scorer(scorer.model, broken).score(problems[:1], [CANDIDATES[:1]])
+        Scorer(scorer.model, broken, share_prefix=False).score(problems[:1], [CANDIDATES[:1]])
 
 
 def test_half_precision_is_close(tiny_prm_path, problems):

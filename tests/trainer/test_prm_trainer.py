@@ -6,7 +6,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from mm_prm.models import AutoModelForProcessReward, ProcessRewardProcessor, create_process_reward_model
-from mm_prm.trainer import PRMConfig, PRMTrainer
+from mm_prm.trainer import DataCollatorForProcessReward, PRMConfig, PRMTrainer
 
 from ..testing_utils import tiny_problem
 from .toy import toy_dataset, toy_rows
@@ -116,6 +116,48 @@ def test_gradient_accumulation_equals_a_big_batch(tiny_prm_path, tmp_path, label
         for name, gradient in gradients.items():
             difference = (other_gradients[name] - gradient).norm() / gradient.norm()
             assert difference < 1e-5, name
+
+
+@pytest.mark.parametrize("label_weighting", ["none", "num_judged"])
+def test_a_step_on_packed_trees_equals_a_step_on_rows(tiny_prm_path, tmp_path, label_weighting):
+    # 4 problems with 3 rows each, which share their first step; the last optimizer step sees all of them
+    rows = []
+    for row in toy_rows(16)[::4]:
+        for end in ("and so on.", "but not so.", "The answer is 4."):
+            steps = [row["completions"][0], end]
+            rows.append(row | {"completions": steps, "labels": [0.5, len(end) / 20], "num_judged": [len(rows) + 1, 4]})
+    found = {}
+    for packing, batch_size, accumulation in [("none", 12, 1), ("tree", 12, 1), ("tree", 4, 3)]:
+        recorder = _Gradients()
+        args = _config(
+            tmp_path,
+            packing=packing,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            max_grad_norm=0,
+            label_weighting=label_weighting,
+            eval_strategy="steps",
+            eval_steps=1,
+        )
+        trainer = PRMTrainer(tiny_prm_path, args, train_dataset=rows, eval_dataset=rows, callbacks=[recorder])
+        trainer.train()
+        evaluation = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+        found[packing, batch_size] = (_losses(trainer)[0], recorder.gradients, evaluation)
+    loss, gradients, evaluation = found["none", 12]
+    for other_loss, other_gradients, other_evaluation in (found["tree", 12], found["tree", 4]):
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        assert other_gradients.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            assert (other_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+        for name in ("eval_loss", "eval_accuracy"):
+            assert other_evaluation[name] == pytest.approx(evaluation[name], rel=1e-3), name
+
+
+def test_packing_is_left_to_a_collator_of_ones_own(tiny_prm_path, tmp_path):
+    collator = DataCollatorForProcessReward(ProcessRewardProcessor.from_pretrained(tiny_prm_path))
+    with pytest.raises(ValueError, match="packing = 'tree': a data_collator of your own must pack by itself"):
+        PRMTrainer(tiny_prm_path, _config(tmp_path, packing="tree"), collator, train_dataset=toy_rows(4))
 
 
 def test_first_loss_is_the_weighted_cross_entropy(tiny_prm_path, tmp_path):
@@ -269,6 +311,8 @@ def test_model_card_is_written_without_network(tiny_prm_path, tmp_path):
         ({"label_weighting": "visits"}, "label_weighting = 'visits'"),
         ({"hard_threshold": 1.0}, "hard_threshold = 1.0"),
         ({"max_length": 0}, "max_length = 0"),
+        ({"packing": "trees"}, "packing = 'trees': must be one of none, tree"),
+        ({"max_tokens": 100}, "max_tokens = 100: packing is 'none'"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
     ],
 )
