@@ -15,6 +15,7 @@ from mm_prm.commands import InputError
 # Each is a module of `mm_prm.commands` with `main(args, prog) -> exit status`.
 COMMANDS = {
     "annotate": "grow a tree of judged rollouts for each problem",
+    "judge": "check answers against gold answers",
     "rows": "turn trees into stepwise rows to train on",
     "train": "train a process reward model on stepwise rows",
     "score": "give every step of every candidate solution its score",

@@ -35,6 +35,7 @@ _OPPOSITES = (
     {"increasing", "decreasing"},
     {"increase", "decrease"},
 )
+_RELATIONS = {"<", ">", "=", "\\le", "\\ge", "≠"}
 _BRACKETS = {"(": ")", "[": "]", "\\{": "\\}"}
 _BRACKET_PARTS = {*_BRACKETS, *_BRACKETS.values()}
 _LABEL = re.compile(r"\((\d)\)\s*")
@@ -42,6 +43,7 @@ _RATIO = re.compile(r"\s*:\s*")
 # Computer algebra would multiply them: "(3)(4)" is not 12.
 _JUXTAPOSED = re.compile(r"\d\s+-?\d|\(\d+\)\s*\(?\d")
 _CHAIN = re.compile(r"\s*([<>])\s*")
+_ONLY = re.compile(r"\A\s*(?:only|just|exactly)\s+(?=\S)", re.IGNORECASE)
 _ALTERNATIVES = re.compile(r"\s*,?\s+or\s+|\s*,\s*or\s+")
 _LATEX = (
     (re.compile(r"√\s*\{"), r"\\sqrt{"),
@@ -83,6 +85,7 @@ def equal_answers(gold: str, answer: str, compare_formulas: CompareFormulas) -> 
         return None, "nothing to compare"
     if compact(gold) == compact(answer):
         return True, "same text"
+    gold, answer = _ONLY.sub("", gold), _ONLY.sub("", answer)
     gold_text, answer_text = normalize(gold), normalize(answer)
     gold_quantity, quantity = parse_quantity(gold), parse_quantity(answer)
     if gold_quantity is not None and quantity is not None:
@@ -92,6 +95,10 @@ def equal_answers(gold: str, answer: str, compare_formulas: CompareFormulas) -> 
         (group for group in _OPPOSITES if gold_text.casefold() in group), set()
     ):
         return False, "opposite"
+    if gold_text in _RELATIONS and (quantity is not None or answer_text.isalnum()):
+        return False, "a comparison sign is wanted"
+    if gold_quantity is not None and re.fullmatch(r"[a-zA-Z]", answer_text):
+        return False, "a letter where a number is wanted"
     verdict = _compare_prose(gold_text, answer_text, gold_quantity)
     if verdict is not None:
         return verdict
@@ -145,15 +152,26 @@ def _compare_structure(
             return False, "compared as serial numbers"
         return (True if serials[0] == serials[1] else None), "serial numbers, perhaps in another order"
     if serials[0] is not None:
-        return False if parse_quantity(answer) is not None else None, "serial numbers are wanted"
+        # What numbers no statement is none of them: "17.3.5", a number, a letter.
+        is_other = parse_quantity(answer) is not None or re.fullmatch(r"[a-zA-Z]|-?\d+(?:\.-?\d+)+", answer_text)
+        return False if is_other else None, "serial numbers are wanted"
     gold_parts, parts = _split_parts(gold), _split_parts(answer)
     if len(gold_parts) == 1 and len(parts) == 1:
         return None
     if len(gold_parts) != len(parts):
         # What is not plain may be said in another way: "x = 2, y = 3" for "(2, 3)".
-        plain = all(part in _BRACKET_PARTS or parse_quantity(part) is not None for part in [*gold_parts, *parts])
+        is_letter = re.fullmatch(r"[a-zA-Z]", answer_text) is not None
+        plain = all(map(_is_plain, gold_parts)) and (is_letter or all(map(_is_plain, parts)))
         return (False if plain else None), "another number of parts"
     return _compare_parts(gold_parts, parts, compare_formulas)
+
+
+def _is_plain(part: str) -> bool:
+    """Whether a part is made of numbers only: a number, or a point, a list of numbers."""
+    if part in _BRACKET_PARTS or parse_quantity(part) is not None:
+        return True
+    parts = _split_parts(part)
+    return len(parts) > 1 and all(map(_is_plain, parts))
 
 
 def _serial_numbers(text: str) -> list[str] | None:

@@ -13,9 +13,12 @@ _MARKER = re.compile(
     r"†\s*answer\s*[:：]"
     r"|\b(?:final|correct)?\s*\**answer\**\s*[:：]"
     r"|\b(?:answer|(?:correct|right) (?:option|choice))\s+(?:is|would be|should be|must be)\b\s*[:：]?"
+    r"|\b(?:therefore|thus|hence|so),?\s+fill\s+in\b\s*[:：]?"
     r"|答案\s*(?:[:：]|[是为選选])",
     re.IGNORECASE,
 )
+_FILL_IN = re.compile(r"\bfill\s+in\b\s*[:：]?(?=\s*\S)", re.IGNORECASE)
+_HALF_WIDTH = {0xFF01 + offset: 0x21 + offset for offset in range(94)}
 # An announcement without content ("the answer is as follows:") is none.
 _SENTENCE_END = re.compile(r"(?<!\bapprox)(?<!\bca)[.。!?;](?=\s|\**\Z|\Z)")
 _LEAD = re.compile(
@@ -62,6 +65,17 @@ def extract_answer(solution: Sequence[str], choices: Sequence[str] = ()) -> str:
     return _boxed(last) or _tail(last)
 
 
+def announces_answer(text: str) -> bool:
+    """Whether a text says where its answer stands."""
+    return any(form.search(text[-_MOST_CHARACTERS:]) for form in (_TAG, _MARKER, _BOXED))
+
+
+def gold_answer(text: str) -> str:
+    """The answer in a gold answer that is a whole explanation, "… Therefore, fill in 60."; else the text itself."""
+    markers = list(_FILL_IN.finditer(text.translate(_HALF_WIDTH)))
+    return text[markers[-1].end() :].strip() if markers else text
+
+
 def _boxed(text: str) -> str:
     """Content of the last box whose braces close; of the last one that does not, what is there."""
     content = ""
@@ -94,6 +108,8 @@ def _first_statement(text: str) -> str:
 
 
 def _tail(text: str) -> str:
+    if not _WORD.search(text):  # formulas only: all of it is the answer, as an equation or as several parts
+        return text.strip(" *_\t\n")
     line = text.rstrip().rsplit("\n", 1)[-1].strip(" *_\t")
     line = line.rstrip(".。;!")
     mathematics = re.findall(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", line)

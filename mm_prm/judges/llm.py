@@ -99,8 +99,8 @@ class LLMJudge:
 
     @property
     def identity(self) -> str:
-        """What a verdict depends on beside the question and the answers: the model and what it is asked."""
-        return json.dumps({"model": self.model, "prompt": hashlib.sha256(_PROMPT.encode()).hexdigest()})
+        """What a verdict depends on beside question and answers, see [`language_model_identity`]."""
+        return language_model_identity(self.model)
 
     def judge(self, problem: Problem, solution: Sequence[str]) -> Verdict:
         """
@@ -158,6 +158,11 @@ class LLMJudge:
             self._failures_in_a_row += 1
             if self._failures_in_a_row >= _MOST_FAILURES_IN_A_ROW:
                 raise error
+
+
+def language_model_identity(model: str) -> str:
+    """What the verdicts of a language model depend on beside question and answers: its name, and what it is asked."""
+    return json.dumps({"model": model, "prompt": hashlib.sha256(_PROMPT.encode()).hexdigest()})
 
 
 def read_reply(text: str) -> VerdictValue:

@@ -12,6 +12,7 @@ import os
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 import weakref
 from pathlib import Path
@@ -23,6 +24,10 @@ MathOutcome = Literal["equal", "different", "gold", "answer", "timeout", "error"
 
 _START_SECONDS = 120.0
 _WORKER = Path(__file__).with_name("_math_worker.py")
+
+
+class MathProcessError(RuntimeError):
+    """math-verify cannot be started, so that no formula can be compared."""
 
 
 class MathProcess:
@@ -56,20 +61,17 @@ class MathProcess:
             `str`: `"equal"` or `"different"`; `"gold"` or `"answer"` if that one cannot be read; `"timeout"`; `"error"`.
         """
         with self._lock:
+            process = self._running()
+            assert process.stdin is not None
             try:
-                process = self._running()
-                assert process.stdin is not None
                 process.stdin.write(json.dumps([gold, answer]) + "\n")
                 process.stdin.flush()
                 reply = self._replies.get(timeout=self.timeout_seconds)
             except queue.Empty:
                 self._stop()
                 return "timeout"
-            except OSError as error:
-                # Told, since every verdict that needs it will be unknown.
-                logger.warning("Formulas cannot be compared: %s", error)
-                self._stop()
-                return "error"
+            except OSError:
+                reply = ""
             if not reply:  # the process ended: out of memory, or its stack
                 self._stop()
                 return "error"
@@ -80,27 +82,43 @@ class MathProcess:
         # A forked process must not share its parent's pipes.
         if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
             return self._process
+        for attempt in (1, 2):  # the machine may have been out of processes or memory for a moment
+            failure = self._start()
+            if not failure:
+                assert self._process is not None
+                return self._process
+            logger.warning("math-verify did not start (attempt %d): %s", attempt, failure)
+            self._stop()
+        raise MathProcessError(f"math-verify cannot be started: {failure}")
+
+    def _start(self) -> str:
+        """Starts the process; returns why it did not start, or nothing."""
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(_WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is for the run, which then closes this process
-        )
-        self._owner = os.getpid()
-        self._replies = queue.SimpleQueue()
-        self._close = weakref.finalize(self, _end, self._process, self._owner)
-        threading.Thread(target=_forward, args=(self._process, self._replies), daemon=True).start()
-        try:
-            first = self._replies.get(timeout=_START_SECONDS)
-        except queue.Empty:
-            first = ""
-        if first != "ready\n":
-            raise OSError("the process of math-verify did not start")
-        return self._process
+        with tempfile.TemporaryFile("w+") as messages:
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", str(_WORKER)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=messages,
+                    text=True,
+                    env=environment,
+                    start_new_session=True,  # Ctrl-C is for the run, which then closes this process
+                )
+            except OSError as error:
+                return str(error)
+            self._owner = os.getpid()
+            self._replies = queue.SimpleQueue()
+            self._close = weakref.finalize(self, _end, self._process, self._owner)
+            threading.Thread(target=_forward, args=(self._process, self._replies), daemon=True).start()
+            try:
+                first = self._replies.get(timeout=_START_SECONDS)
+            except queue.Empty:
+                return f"it was not ready after {_START_SECONDS:.0f} s"
+            if first == "ready\n":
+                return ""
+            messages.seek(0)
+            return (messages.read().strip().splitlines() or ["it ended without a word"])[-1]
 
     def _stop(self) -> None:
         if self._close is not None:

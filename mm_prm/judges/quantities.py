@@ -14,6 +14,7 @@ from functools import lru_cache
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUPERSCRIPT = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
 _CIRCLED = re.compile(r"[①-⑳]")
+_DEGREE_SIGNS = re.compile(r"[º˚]")
 _VULGAR = re.compile(r"(\d?)\s*([¼½¾⅐-⅞])")
 _WRAPPER = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf|cal|bb)?|boldsymbol|bm|mbox|operatorname|number|unit|si)\s*"
@@ -27,7 +28,7 @@ _REPLACEMENTS = (
     (re.compile(r"\\math(?:rm|bf|it)(?![a-zA-Z])\s*"), ""),
     (re.compile(r"\\(?:[()\[\]]|boxed)|\$"), " "),
     (re.compile(r"\{\s*,\s*\}"), ","),
-    (re.compile(r"\s*(?:\{\s*\})?\s*\^\s*\{?\s*\\circ\s*\}?|\s*(?:\*\s*)?\\degree(?![a-zA-Z])|º|˚"), "°"),
+    (re.compile(r"\s*(?:\{\s*\})?\s*\^\s*\{?\s*\\circ\s*\}?|\s*(?:\*\s*)?\\degree(?![a-zA-Z])"), "°"),
     (re.compile(r"\s*\bdegrees?\b", re.IGNORECASE), "°"),
     (re.compile(r"\\%"), "%"),
     (re.compile(r"[−–—]"), "-"),
@@ -41,6 +42,7 @@ _REPLACEMENTS = (
     (re.compile(r"。"), "."),
     (re.compile(r"[‘’′]"), "'"),
 )
+_BRITISH = re.compile(r"(col|neighb|fav)our")
 _THOUSANDS = re.compile(r"(?<![\d.,(\[])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 
 NUMBER_WORDS = {
@@ -151,7 +153,7 @@ def normalize(text: str) -> str:
     text = _SUPERSCRIPT.sub(lambda match: "^{" + match[0].translate(_SUPERSCRIPTS) + "}", text)
     text = _CIRCLED.sub(lambda match: f"({int(unicodedata.numeric(match[0]))})", text)
     text = _VULGAR.sub(_vulgar_fraction, text)
-    text = unicodedata.normalize("NFKC", text)
+    text = unicodedata.normalize("NFKC", _DEGREE_SIGNS.sub("°", text))  # NFKC makes a letter of "º"
     text = _QUANTITY_MACRO.sub(r"\1 \2", text)
     for _ in range(4):  # wrappers may be nested
         text, count = _WRAPPER.subn(r" \1 ", text)
@@ -192,7 +194,14 @@ def _close_braces(text: str) -> str:
 def compact(text: str) -> str:
     """Normalised text without spaces (except in "1 2", which is not 12), in lower case where case says nothing."""
     text = re.sub(r"(?<!\d) | (?!\d)", "", normalize(text))
-    return text if len(text) == 1 else text.casefold()
+    return text if len(text) == 1 else _BRITISH.sub(r"\1or", text.casefold())
+
+
+def is_cut_off(text: str, whole: str) -> bool:
+    """Whether a text ends inside of a brace, and is the beginning of another as far as it goes."""
+    if text.count("{") <= text.count("}"):
+        return False
+    return compact(whole).startswith(compact(text).rstrip("}"))
 
 
 @lru_cache(maxsize=65536)

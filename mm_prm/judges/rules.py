@@ -1,18 +1,21 @@
 """A judge by rules: choices, numbers with units, lists, and formulas through math-verify. What it cannot tell is unknown."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 from mm_prm.annotation.protocols import Problem, Verdict
 
-from .comparison import equal_answers
-from .extraction import extract_answer
-from .math_process import MathProcess
-from .quantities import compact, normalize
+from .comparison import CompareFormulas, equal_answers, is_prose
+from .extraction import announces_answer, extract_answer, final_step, gold_answer
+from .math_process import MathOutcome, MathProcess
+from .quantities import compact, is_cut_off, normalize
 
 _CACHED_ANSWERS = 2**17
+# A comparison that took too long is tried again when the answer comes again, but a bomb must not hold up a whole run.
+_MOST_TIME_OUTS = 1
 # An answer of more characters is a solution, or an attack on the rules.
 _MOST_CHARACTERS = 2000
 
@@ -22,13 +25,23 @@ _LETTER_AND_TEXT = re.compile(
 )
 
 
+class _Interrupted(Exception):
+    """Carries a verdict past the memory of verdicts: that a comparison took too long may be the machine's fault."""
+
+    def __init__(self, verdict: Verdict):
+        super().__init__(verdict.reason)
+        self.verdict = verdict
+
+
 class RulesJudge:
     """
     Decides by rules whether a solution's final answer equals the gold answer, see
     [`~mm_prm.annotation.protocols.Judge`].
 
     The verdict is `"unknown"` if no answer can be found, if the gold answer or the answer is not understood, or if the
-    comparison takes too long. Verdicts are kept, so that the same answer of a problem is compared once.
+    comparison takes too long. Verdicts are kept, so that the same answer of a problem is compared once; only a comparison
+    that took too long is tried once more. Raises [`~mm_prm.judges.math_process.MathProcessError`] if math-verify cannot
+    be started.
 
     An instance pickles as its settings and can be used from several threads; comparisons of formulas then wait for each
     other.
@@ -43,8 +56,9 @@ class RulesJudge:
             raise ValueError(f"timeout_seconds: {timeout_seconds!r} has to be above 0")
         self.timeout_seconds = timeout_seconds
         self._mathematics = MathProcess(timeout_seconds)
+        self._time_outs: Counter[tuple[str, str]] = Counter()
         self._extract = lru_cache(maxsize=_CACHED_ANSWERS)(_extract_from_last)
-        self._compare = lru_cache(maxsize=_CACHED_ANSWERS)(self._compare_uncached)
+        self._compare_kept = lru_cache(maxsize=_CACHED_ANSWERS)(self._compare_uncached)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.timeout_seconds,)
@@ -63,8 +77,7 @@ class RulesJudge:
             [`~mm_prm.annotation.protocols.Verdict`].
         """
         choices = tuple(problem["choices"] or ())
-        last = next((step for step in reversed(solution) if step and not step.isspace()), "")
-        return self.judge_answer(problem["answer"], self._extract(last, choices), choices)
+        return self.judge_answer(problem["answer"], self._extract(final_step(solution), choices), choices)
 
     def judge_answer(self, gold: str, answer: str, choices: Sequence[str] = ()) -> Verdict:
         """
@@ -83,6 +96,27 @@ class RulesJudge:
         """
         return self._compare(gold, answer, tuple(choices))
 
+    def judge_prediction(self, gold: str, prediction: str, choices: Sequence[str] = ()) -> Verdict:
+        """
+        Judges an answer that others have extracted, perhaps with its announcement ("Answer: B"), perhaps not at all.
+
+        Args:
+            gold (`str`):
+                The gold answer: its text, or the letter of a choice.
+            prediction (`str`):
+                The answer; or, where nothing could be extracted, the solution.
+            choices (`Sequence[str]`, *optional*, defaults to `()`):
+                Choices of the problem.
+
+        Returns:
+            [`~mm_prm.annotation.protocols.Verdict`].
+        """
+        if not announces_answer(prediction):
+            whole = self.judge_answer(gold, prediction.strip(), choices)
+            if whole.verdict != "unknown":
+                return whole
+        return self.judge_answer(gold, self._extract(prediction.strip(), tuple(choices)), choices)
+
     def equivalent(self, first: str, second: str, choices: Sequence[str] = ()) -> bool:
         """
         Whether two answers are known to be the same, to count votes.
@@ -100,32 +134,62 @@ class RulesJudge:
         """
         return self._compare(first, second, tuple(choices)).verdict == "right"
 
+    def _compare(self, gold: str, answer: str, choices: tuple[str, ...]) -> Verdict:
+        try:
+            return self._compare_kept(gold, answer, choices)
+        except _Interrupted as error:
+            return error.verdict
+
     def _compare_uncached(self, gold: str, answer: str, choices: tuple[str, ...]) -> Verdict:
         if not answer.strip():
             return Verdict("unknown", answer, "no answer found")
         if max(len(gold), len(answer)) > _MOST_CHARACTERS:
-            return Verdict("unknown", answer, "too long to compare")
-        equal, reason = self._equal_choices(gold, answer, choices) if choices else self._equal(gold, answer)
-        return Verdict("unknown" if equal is None else "right" if equal else "wrong", answer, reason)
+            return Verdict("unknown", answer[:_MOST_CHARACTERS], "too long to compare")
+        interrupted = False
 
-    def _equal(self, gold: str, answer: str) -> tuple[bool | None, str]:
+        def compare_formulas(gold_latex: str, answer_latex: str) -> MathOutcome:
+            nonlocal interrupted
+            outcome = self._mathematics.compare(gold_latex, answer_latex)
+            interrupted = interrupted or outcome in ("timeout", "error")
+            return outcome
+
+        if compact(gold) != compact(answer):
+            gold = gold_answer(gold)
+        if choices:
+            equal, reason = self._equal_choices(gold, answer, choices, compare_formulas)
+        else:
+            equal, reason = self._equal(gold, answer, compare_formulas)
+        verdict = Verdict("unknown" if equal is None else "right" if equal else "wrong", answer, reason)
+        if equal is None and interrupted and self._time_outs[gold, answer] < _MOST_TIME_OUTS:
+            self._time_outs[gold, answer] += 1
+            raise _Interrupted(verdict)
+        return verdict
+
+    def _equal(self, gold: str, answer: str, compare_formulas: CompareFormulas) -> tuple[bool | None, str]:
         if re.fullmatch(r"[A-Z]", normalize(gold)):  # a letter whose choices stand in the question
             letter = _letter(answer)
             if letter is not None:
                 return letter == normalize(gold), "compared as letters"
-        return equal_answers(gold, answer, self._mathematics.compare)
+        return equal_answers(gold, answer, compare_formulas)
 
-    def _equal_choices(self, gold: str, answer: str, choices: tuple[str, ...]) -> tuple[bool | None, str]:
-        gold_index, reason = self._choice(gold, choices)
+    def _equal_choices(
+        self, gold: str, answer: str, choices: tuple[str, ...], compare_formulas: CompareFormulas
+    ) -> tuple[bool | None, str]:
+        gold_index, reason = self._choice(gold, choices, compare_formulas)
         if gold_index is None:
             return None, f"gold answer: {reason}"
-        index, reason = self._choice(answer, choices)
+        index, reason = self._choice(answer, choices, compare_formulas)
         if index is not None:
             same = index == gold_index or compact(choices[index]) == compact(choices[gold_index])
             return same, "compared as choices"
+        begun = [number for number, choice in enumerate(choices) if is_cut_off(answer, choice)]
+        if begun:
+            return (None if gold_index in begun else False), "cut off where another choice had begun"
         return (False if index is None and reason == "none of the choices" else None), reason
 
-    def _choice(self, text: str, choices: tuple[str, ...]) -> tuple[int | None, str]:
+    def _choice(
+        self, text: str, choices: tuple[str, ...], compare_formulas: CompareFormulas
+    ) -> tuple[int | None, str]:
         """Index of the choice that a text names, or `None` and why."""
         by_text = [index for index, choice in enumerate(choices) if compact(choice) == compact(text)]
         letter = _letter(text)
@@ -142,12 +206,15 @@ class RulesJudge:
         if both is not None:
             index = ord(both[1] or both[2]) - ord("A")
             if index < len(choices):
-                named, _ = equal_answers(choices[index], both[3], self._mathematics.compare)
+                named, _ = equal_answers(choices[index], both[3], compare_formulas)
                 elsewhere = any(
                     compact(choice) == compact(both[3]) for other, choice in enumerate(choices) if other != index
                 )
                 return (None, "letter and text name two choices") if elsewhere and not named else (index, "")
-        verdicts = [equal_answers(choice, text, self._mathematics.compare)[0] for choice in choices]
+        by_number = _named_by_number(text, choices)
+        if by_number is not None:
+            return by_number, ""
+        verdicts = [equal_answers(choice, text, compare_formulas)[0] for choice in choices]
         if verdicts.count(True) == 1:
             return verdicts.index(True), ""
         if True in verdicts:
@@ -158,6 +225,15 @@ class RulesJudge:
 def _letter(text: str) -> str | None:
     match = _LETTER.fullmatch(normalize(text).strip("*_ "))
     return match[1].upper() if match else None
+
+
+def _named_by_number(text: str, choices: tuple[str, ...]) -> int | None:
+    """The choice of the only number in it: "7" for "7-pyramid", where each choice has words and one number of its own."""
+    numbers = [re.findall(r"\d+(?:\.\d+)?", normalize(choice)) for choice in choices]
+    if not all(len(found) == 1 and is_prose(choice) for found, choice in zip(numbers, choices, strict=True)):
+        return None
+    named = [index for index, found in enumerate(numbers) if found == [normalize(text)]]
+    return named[0] if len(named) == 1 else None
 
 
 def _extract_from_last(last: str, choices: tuple[str, ...]) -> str:
