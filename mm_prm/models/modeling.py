@@ -9,6 +9,7 @@ token, whose id is `config.step_token_id`.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -161,6 +162,9 @@ class ProcessRewardMixin:
     """
 
     config: Any
+    # Of transformers.PreTrainedModel
+    should_save_on_this_rank: Callable[[bool], bool]
+    _hf_peft_config_loaded: bool
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
         check_config(config)
@@ -192,6 +196,17 @@ class ProcessRewardMixin:
             if self.should_save_on_this_rank(is_main_process):
                 _write_code(save_directory)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
+
+    def load_adapter(self, *args, **kwargs):
+        loaded = super().load_adapter(*args, **kwargs)  # type: ignore[misc]
+        if loaded.unexpected_keys:
+            # transformers 5.17 has no place for what `trainable_token_indices` and `modules_to_save` trained
+            raise ValueError(
+                f"weights of the adapter found no place in the model: {sorted(loaded.unexpected_keys)}; transformers "
+                f"{__version__} cannot load them: put the adapter on its base model with peft.PeftModel.from_pretrained, or "
+                "use a newer transformers"
+            )
+        return loaded
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
         # `save_pretrained(push_to_hub=True)` uploads what was written since it began, which the file was not

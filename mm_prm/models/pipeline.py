@@ -40,11 +40,11 @@ class ProcessRewardPipeline(ChunkPipeline):
             `device`, `batch_size`, `num_workers`; see [`~transformers.Pipeline`].
     """
 
-    _load_processor = False
-    _load_image_processor = False
-    _load_video_processor = False
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    _load_processor: bool | None = False  # type: ignore[assignment]
+    _load_image_processor: bool | None = False  # type: ignore[assignment]
+    _load_video_processor: bool | None = False  # type: ignore[assignment]
+    _load_feature_extractor: bool | None = False  # type: ignore[assignment]
+    _load_tokenizer: bool | None = False  # type: ignore[assignment]
 
     def __init__(self, model: PreTrainedModel, processor: ProcessRewardProcessor | None = None, **kwargs):
         # `transformers.pipeline` falls back to the stock class if the process reward model cannot be loaded
@@ -55,10 +55,10 @@ class ProcessRewardPipeline(ChunkPipeline):
                 "mm_prm.models.create_process_reward_model makes a process reward model out of a policy"
             )
         if processor is None:
-            processor = ProcessRewardProcessor.from_pretrained(model.name_or_path)
+            processor = ProcessRewardProcessor.from_pretrained(str(model.name_or_path))
         super().__init__(model=model.eval(), processor=processor, **kwargs)  # type: ignore[arg-type]
 
-    def __call__(self, inputs: Any, **kwargs) -> Any:
+    def __call__(self, inputs: Any, *args, **kwargs) -> Any:
         """
         Scores one solution, the candidates of one problem, or a list of such inputs.
 
@@ -75,7 +75,7 @@ class ProcessRewardPipeline(ChunkPipeline):
             `dict` or `list[dict]`: For each input `{"scores": …}`: one number in [0, 1] for each step, or a list of such
             lists, one for each candidate (`[]` for a candidate without steps).
         """
-        return super().__call__(inputs, **kwargs)
+        return super().__call__(inputs, *args, **kwargs)
 
     def _sanitize_parameters(self) -> tuple[dict, dict, dict]:  # type: ignore[override]
         return {}, {}, {}
@@ -91,6 +91,7 @@ class ProcessRewardPipeline(ChunkPipeline):
             }
 
     def _forward(self, model_inputs: Mapping[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+        scores: Any
         if isinstance(model_inputs["is_last"], list):
             scores = self._score(model_inputs["problem"], model_inputs["steps"])
         else:  # without batches, transformers hands over one solution as it is
