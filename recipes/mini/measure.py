@@ -69,9 +69,7 @@ def score(directory: Path, name: str, model: str) -> None:
     reward_model = AutoModelForProcessReward.from_pretrained(path, dtype=torch.bfloat16).float()
     reward_model.to("cuda" if torch.cuda.is_available() else "cpu")
     processor = ProcessRewardProcessor.from_pretrained(path)
-    # A fast GPU is rather short of work than of time; a processor is glad of what it need not compute.
-    on_gpu = torch.cuda.is_available()
-    scorer = Scorer(reward_model, processor, max_tokens=65536 if on_gpu else 4096, share_prefix=not on_gpu)
+    scorer = Scorer(reward_model, processor, max_tokens=65536 if torch.cuda.is_available() else 4096)
     scores = {}
     for split in (*SPLITS, "test_swapped"):
         pools = json.loads((directory / "candidates" / f"{split.removesuffix('_swapped')}.json").read_text())

@@ -5,21 +5,25 @@
 #   POLICY=mini-policy recipes/mini/run.sh annotation rows prm evaluation table      from the shipped policy on
 #   POLICY=mini-policy recipes/mini/run.sh shipped_trees rows prm evaluation table   from the shipped trees on
 #
-# Made for one GPU and a dozen cores (about 15 minutes). PROBLEMS, JOBS, TRAIN and SCALE make it smaller: with
+# Made for one or two GPUs and a dozen cores each. PROBLEMS, JOBS, TRAIN and SCALE make it smaller: with
 # PROBLEMS=24 JOBS=1 TRAIN='--max_steps 2 --per_device_train_batch_size 4' SCALE=0.01 it passes on two cores.
+# On GPUs: TRAIN='--tf32 true --dataloader_num_workers 2 --dataloader_persistent_workers true'
 set -euo pipefail
 out=${OUTPUT:-outputs/mini}
 policy=${POLICY:-$out/policy}
 problems=${PROBLEMS:-6000}
 jobs=${JOBS:-8}
+gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c . || true)}
+started_jobs=0
 stages=${*:-policy annotation rows prm evaluation table}
 here=$(dirname "$0")
 mkdir -p "$out/trees" "$out/logs"
 export TOKENIZERS_PARALLELISM=false
 
-run() {  # NAME COMMAND…: in the background, output to a log, at most $jobs at once
+run() {  # NAME COMMAND…: in the background, output to a log, at most $jobs at once, on the GPUs in turn
   local name=$1; shift
   while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do sleep 0.2; done
+  [ "$gpus" = 0 ] || export CUDA_VISIBLE_DEVICES=$((started_jobs++ % gpus))
   ( "$@" > "$out/logs/$name.log" 2>&1 || { echo "failed: $name, see $out/logs/$name.log"; tail -5 "$out/logs/$name.log"; exit 1; } ) &
 }
 finish() {  # waits for all of them, and fails if one did
@@ -30,7 +34,7 @@ finish() {  # waits for all of them, and fails if one did
 train() {  # NAME ROWS ARGUMENTS…
   local name=$1 rows=$2; shift 2
   run "train_$name" python3 -m mm_prm.trainer --config "$here/train.yaml" --problems "mini:annotation:$problems" \
-    --model "$policy" --rows "$out/rows/$rows.parquet" --output_dir "$out/prm/$name" ${TRAIN:-} "$@"
+    --model "$policy" --rows "$out/rows/$rows.parquet" --output_dir "$out/prm/$name" "$@" ${TRAIN:-}
 }
 
 for stage in $stages; do
@@ -56,22 +60,22 @@ for stage in $stages; do
       python3 "$here/make_rows.py" "$out" ;;
     prm)
       [ -e "$out/init" ] || python3 "$here/model.py" "$out/init"
-      train measured measured
+      # every optimizer step sees about 120 trees, whatever it sees of each
+      train both both --per_device_train_batch_size 1024
+      train both_hard both --per_device_train_batch_size 1024 --label_mode hard
       train soft omegaprm
       train hard omegaprm --label_mode hard
-      train soft_lr_3e-4 omegaprm --learning_rate 3.0e-4
-      train quarter quarter
       train flat flat
       train flat_hard flat --label_mode hard
+      train measured measured
+      train soft_lr_2e-4 omegaprm --learning_rate 2.0e-4
+      train quarter quarter
       train outcome outcome
       train scratch omegaprm --model "$out/init" --freeze_vision_tower false
-      finish
-      # what ships goes on from `measured`, the first one that was trained
-      train both both --model "$out/prm/measured" --max_steps 700 --gradient_accumulation_steps 2 --logging_steps 25
       finish ;;
     evaluation)
       python3 "$here/measure.py" candidates --directory "$out" --policy "$policy" --scale "${SCALE:-1}"
-      for name in measured soft hard soft_lr_3e-4 quarter flat flat_hard outcome scratch both; do
+      for name in both both_hard soft hard flat flat_hard measured soft_lr_2e-4 quarter outcome scratch; do
         run "score_$name" python3 "$here/measure.py" score --directory "$out" --name $name --model "$out/prm/$name"
       done
       finish ;;
