@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForTokenClassification
 
+from mm_prm.hub import model_card
 from mm_prm.models import AutoModelForProcessReward, ProcessRewardMixin, ProcessRewardProcessor, modeling
 
 from ..testing_utils import tiny_problem
@@ -161,10 +162,14 @@ def test_the_code_imports_nothing_but_torch_transformers_and_the_standard_librar
     assert imported - set(sys.stdlib_module_names) == {"torch", "transformers"}
 
 
-def test_a_text_model_loaded_without_trust_is_not_the_reward_model(repositories):
-    # What the card warns of
+def test_a_text_model_loaded_without_trust_is_not_the_reward_model_and_the_card_says_so(repositories):
     model = AutoModelForTokenClassification.from_pretrained(repositories / "llama")
     assert type(model).__name__ == "LlamaForTokenClassification"
+    warning = "Without `trust_remote_code=True` this line loads a stock token classifier whose head is random."
+    assert warning in model_card("prm", reads_images=False).text
+    card = model_card("prm").text
+    assert warning not in card
+    assert 'AutoModelForTokenClassification.from_pretrained("prm", trust_remote_code=True)' in card
 
 
 @pytest.mark.parametrize("method", ["push_to_hub", "save_pretrained"])
