@@ -121,7 +121,7 @@ def convert_internvl_chat(
     reward_processor = None
     if tokenizer is not None and {STEP_TOKEN, *REWARD_TOKENS} <= tokenizer.get_vocab().keys():
         # A released process reward model, to be read as it was evaluated
-        reward_processor = ProcessRewardProcessor(processor, template_style="mm_prm")
+        reward_processor = ProcessRewardProcessor(cast(InternVLProcessor, processor), template_style="mm_prm")
         set_process_reward_config(config, reward_processor)
     with torch.device("meta"):
         model = InternVLForConditionalGeneration(config)

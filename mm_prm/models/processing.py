@@ -401,10 +401,10 @@ def _check_rows(
             raise ValueError(
                 f"{_row_name(index, problems)}: completions = {steps!r}: must be a list of at least one step"
             )
-        for number, step in enumerate(steps):
-            if not isinstance(step, str) or not step.strip():
+        for number, text in enumerate(steps):
+            if not isinstance(text, str) or not text.strip():
                 raise ValueError(
-                    f"{_row_name(index, problems)}: completions[{number}] = {step!r}: a step must be a text that is not "
+                    f"{_row_name(index, problems)}: completions[{number}] = {text!r}: a step must be a text that is not "
                     "empty; mm_prm.data.text.clean_steps leaves empty ones out"
                 )
         if labels is None:

@@ -160,6 +160,11 @@ def test_a_state_space_model_has_no_attentions():
     torch.testing.assert_close(outputs.logits, expected, rtol=0, atol=1e-5)
 
 
+_MUSIC = {
+    "text_encoder": {"model_type": "t5"},
+    "audio_encoder": {"model_type": "encodec"},
+    "decoder": {"model_type": "musicgen_decoder"},
+}
 _SMALL = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -177,7 +182,7 @@ _SMALL = {
         (Blip2Config(), "'blip-2'.*one image with every text"),
         (PaliGemmaConfig(), "'paligemma'.*later steps would change the scores of earlier ones"),
         (Kosmos2Config(), "'kosmos-2'.*image of every token"),
-        (MusicgenConfig(text_encoder={"model_type": "t5"}), "'musicgen'.*writes audio"),
+        (MusicgenConfig(**_MUSIC), "'musicgen'.*writes audio"),
         (BertConfig(), "'bert'.*is_decoder = true"),
         (IdeficsConfig(**_SMALL), "IdeficsForVisionText2Text.*IdeficsDecoupledLinear"),
         (BlipConfig(), "BlipForConditionalGeneration.*no output head"),
