@@ -1,6 +1,7 @@
 """vLLM as the engine of a process reward model: the arguments with which it serves one, and a scorer in this process."""
 
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -139,6 +140,7 @@ class VLLMScorer:
 
         self.processor = ProcessRewardProcessor.from_pretrained(path)
         self.engine = LLM(model=os.fspath(path), **(arguments | engine_settings))
+        self.close = weakref.finalize(self, self.engine.llm_engine.engine_core.shutdown)
         self._checked: set[bool] = set()  # with images, without
 
     def score(

@@ -204,7 +204,7 @@ def test_servers_of_another_kind(server, problems, replace, message):
 def test_api_key(server, problems, monkeypatch):
     server.api_key = "secret"
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    with pytest.raises(ScoreServerError, match="refuses the API key .*set VLLM_API_KEY"):
+    with pytest.raises(ScoreServerError, match=r"refuses the API key .*set VLLM_API_KEY"):
         ServedScorer(server.url)
     assert ServedScorer(server.url, api_key="secret").score(problems[:1], [CANDIDATES[:1]])
     monkeypatch.setenv("VLLM_API_KEY", "secret")
