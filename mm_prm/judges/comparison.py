@@ -9,7 +9,16 @@ import re
 from collections.abc import Callable
 
 from .math_process import MathOutcome
-from .quantities import NUMBER_WORDS, Quantity, compact, equal_quantities, normalize, parse_quantity
+from .quantities import (
+    NUMBER_WORDS,
+    Quantity,
+    compact,
+    equal_quantities,
+    normalize,
+    parse_quantity,
+    same_unit,
+    split_unit,
+)
 
 # Compares two LaTeX formulas.
 CompareFormulas = Callable[[str, str], MathOutcome]
@@ -42,6 +51,10 @@ _LABEL = re.compile(r"\((\d)\)\s*")
 _RATIO = re.compile(r"\s*:\s*")
 # Computer algebra would multiply them: "(3)(4)" is not 12.
 _JUXTAPOSED = re.compile(r"\d\s+-?\d|\(\d+\)\s*\(?\d")
+_APPROXIMATELY = re.compile(r"≈|\\approx(?![a-zA-Z])")
+_PLUS_MINUS = re.compile(r"(?:±|\\pm(?![a-zA-Z]))\s*(.+)", re.DOTALL)
+_CLOSE_UNIT = re.compile(r"(?<=[\d)}])[mgshlL]\Z")
+_VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]")
 _CHAIN = re.compile(r"\s*([<>])\s*")
 _ONLY = re.compile(r"\A\s*(?:only|just|exactly)\s+(?=\S)", re.IGNORECASE)
 _ALTERNATIVES = re.compile(r"\s*,?\s+or\s+|\s*,\s*or\s+")
@@ -143,6 +156,13 @@ def _compare_structure(
     chains = [_chain(gold_text), _chain(answer_text)]
     if chains[0] is not None and chains[1] is not None and max(map(len, filter(None, chains))) > 2:
         return chains[0] == chains[1], "compared as chains"
+    gold_text, answer_text = (
+        text if sign is None else f"{sign[1]} or -{sign[1]}"
+        for text in (gold_text, answer_text)
+        for sign in [_PLUS_MINUS.fullmatch(text)]
+    )
+    if answer_text != normalize(answer):
+        answer = answer_text
     gold_alternatives = _ALTERNATIVES.split(gold_text)
     if len(gold_alternatives) > 1:
         return _compare_alternatives(gold_alternatives, _split_parts(answer, orderless=True), compare_formulas)
@@ -153,15 +173,19 @@ def _compare_structure(
         return (True if serials[0] == serials[1] else None), "serial numbers, perhaps in another order"
     if serials[0] is not None:
         # What numbers no statement is none of them: "17.3.5", a number, a letter.
-        is_other = parse_quantity(answer) is not None or re.fullmatch(r"[a-zA-Z]|-?\d+(?:\.-?\d+)+", answer_text)
+        is_other = parse_quantity(answer) is not None or re.fullmatch(
+            r"[a-zA-Z]|-?\d+(?:\.-?\d+)+|(?:\(-?\d+\)\s*)+", answer_text
+        )
         return False if is_other else None, "serial numbers are wanted"
     gold_parts, parts = _split_parts(gold), _split_parts(answer)
+    if gold_parts[0] == parts[0] == "\\{":  # a set has no order
+        return _compare_alternatives(gold_parts[1:-1], parts[1:-1], compare_formulas)
     if len(gold_parts) == 1 and len(parts) == 1:
         return None
     if len(gold_parts) != len(parts):
         # What is not plain may be said in another way: "x = 2, y = 3" for "(2, 3)".
-        is_letter = re.fullmatch(r"[a-zA-Z]", answer_text) is not None
-        plain = all(map(_is_plain, gold_parts)) and (is_letter or all(map(_is_plain, parts)))
+        is_single = re.fullmatch(r"[a-zA-Z]", answer_text) is not None or parse_quantity(answer) is not None
+        plain = is_single or all(map(_is_plain, [*gold_parts, *parts]))
         return (False if plain else None), "another number of parts"
     return _compare_parts(gold_parts, parts, compare_formulas)
 
@@ -275,6 +299,11 @@ def _chain(text: str) -> list[str] | None:
 
 
 def _compare_as_formulas(gold: str, answer: str, compare_formulas: CompareFormulas) -> tuple[bool | None, str]:
+    forms = _APPROXIMATELY.split(answer)
+    if len(forms) > 1 and all(form.strip() for form in forms) and not _APPROXIMATELY.search(gold):
+        # "2√2 ≈ 2.83" states the same number twice.
+        verdicts = [equal_answers(gold, form, compare_formulas) for form in forms]
+        return next((verdict for verdict in verdicts if verdict[0]), verdicts[0])
     # What an answer is assigned to is not part of it: "AM = 5" for "5". An equation is one where the gold answer is.
     if "=" in answer and "=" not in gold:
         value = re.split(r"=|≈|\\approx", answer)[-1].strip()
@@ -282,6 +311,19 @@ def _compare_as_formulas(gold: str, answer: str, compare_formulas: CompareFormul
             return equal_answers(gold, value, compare_formulas)
     if "=" in gold and "=" not in answer and re.match(r"\s*(?:[a-zA-Z]{1,2}|\\?angle\s*\w+|∠\w+)\s*=[^=]*\Z", gold):
         return equal_answers(gold.split("=")[1], answer, compare_formulas)
+    (gold_formula, gold_unit), (formula, unit) = split_unit(gold), split_unit(answer)
+    if gold_unit and unit:
+        if not same_unit(gold_unit, unit):
+            return (False if gold_formula == formula else None), "different units"
+        gold, answer = gold_formula, formula
+    elif "°" in (gold_unit, unit) and "\\pi" in (gold_formula if unit else formula):  # degrees and radians
+        gold = f"({gold_formula})\\cdot\\frac{{\\pi}}{{180}}" if gold_unit else gold
+        answer = f"({formula})\\cdot\\frac{{\\pi}}{{180}}" if unit else answer
+    # A unit that only one of them has is understood, unless it may be a variable of the other.
+    elif gold_unit and gold_unit not in answer:
+        gold = gold_formula
+    elif unit and unit not in gold:
+        answer = formula
     for text in (gold, answer):
         if len(text) > _MOST_CHARACTERS or _nesting(text) > _MOST_NESTING or is_prose(text):
             return None, "no formula that rules can read"
@@ -291,6 +333,9 @@ def _compare_as_formulas(gold: str, answer: str, compare_formulas: CompareFormul
     if outcome == "equal":
         return True, "equal formulas"
     if outcome == "different":
+        bare = [text if _VARIABLE.search(text[:-1]) else _CLOSE_UNIT.sub("", text) for text in (gold, answer)]
+        if bare != [gold, answer] and compare_formulas(*map(_as_latex, bare)) == "equal":
+            return None, "a letter that may be a unit or a variable"
         return False, "different formulas"
     return None, {"timeout": "time limit", "gold": "the gold answer is no formula", "answer": "no formula"}.get(
         outcome, "math-verify failed"

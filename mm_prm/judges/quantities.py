@@ -18,9 +18,9 @@ _DEGREE_SIGNS = re.compile(r"[º˚]")
 _VULGAR = re.compile(r"(\d?)\s*([¼½¾⅐-⅞])")
 _WRAPPER = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf|cal|bb)?|boldsymbol|bm|mbox|operatorname|number|unit|si)\s*"
-    r"\{([^{}]*)\}"
+    r"\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
-_QUANTITY_MACRO = re.compile(r"\\(?:quantity|qty|SI)\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_QUANTITY_MACRO = re.compile(r"\\(?:quantity|qty|SI)\s*\{([^{}]*)\}\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _REPLACEMENTS = (
     (re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])"), ""),
     (re.compile(r"\\[dt]frac(?![a-zA-Z])"), r"\\frac"),
@@ -119,6 +119,9 @@ _PLAIN = re.compile(rf"{_SIGN}{_DECIMAL}")
 _UNIT = re.compile(
     r"%|°|(?:square|cubic|sq\.?|cu\.?)?\s*[a-zA-Z\u4e00-\u9fff]+(?:\s*/\s*[a-zA-Z]+)?\s*(?:\^\s*\{?\s*[23]\s*\}?)?(?:\s+[a-zA-Z]+){0,2}"
 )
+
+
+_UNIT_AT_END = re.compile(r"(.*[\d)}\s])((?:[a-zA-Z]+|°)(?:\s*\^\s*\{?\s*[23]\s*\}?)?)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -299,6 +302,26 @@ def equal_quantities(gold: Quantity, answer: Quantity) -> bool | None:
         # The same number with another unit: wrong where both units are known, else perhaps two names of one unit.
         return False if gold_size and size and gold_kind != gold.unit and kind != answer.unit else None
     return False
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    """A formula and the known unit at its end, "6\\sqrt{3} cm^{2}"; the unit is empty if there is none."""
+    match = _UNIT_AT_END.fullmatch(text)
+    if match is None:
+        return text, ""
+    unit = _unit_name(match[2])
+    if _kind(unit) == (unit.casefold(), 1):
+        return text, ""
+    # One letter is a variable where it stands close, or beside other variables: "x + 2s", "2 s t".
+    has_variables = re.search(r"(?<![\\a-zA-Z])[a-zA-Z]", match[1]) is not None
+    if unit[0].isalpha() and unit[1:2] in ("", "^") and (has_variables or not match[1].endswith(" ")):
+        return text, ""
+    return match[1].strip(), unit
+
+
+def same_unit(first: str, second: str) -> bool:
+    """Whether two units are two names of one."""
+    return _kind(first) == _kind(second)
 
 
 def _kind(unit: str) -> tuple[str, Fraction]:

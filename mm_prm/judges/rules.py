@@ -20,6 +20,7 @@ _MOST_TIME_OUTS = 1
 _MOST_CHARACTERS = 2000
 
 _LETTER = re.compile(r"(?:the\s+)?(?:option|choice)?\s*[(\[]?([A-Za-z])[)\]]?\s*[.:)]?", re.IGNORECASE)
+_LETTERS = re.compile(r"(?:[(\[]?[A-Z][)\]]?(?:\s*[,;&/]\s*(?:and|or)?\s*|\s+(?:and|or)\s+|\Z))+")
 _LETTER_AND_TEXT = re.compile(
     r"(?:(?:option|choice)\s+)?(?:[(\[]([A-Z])[)\]][.:]?|([A-Z])\s*[.:)])\s*(\S.*)", re.DOTALL
 )
@@ -178,6 +179,8 @@ class RulesJudge:
         gold_index, reason = self._choice(gold, choices, compare_formulas)
         if gold_index is None:
             return None, f"gold answer: {reason}"
+        if len(set(_letters(answer))) > 1 and answer not in choices:
+            return False, "several choices are named"
         index, reason = self._choice(answer, choices, compare_formulas)
         if index is not None:
             same = index == gold_index or compact(choices[index]) == compact(choices[gold_index])
@@ -225,6 +228,12 @@ class RulesJudge:
 def _letter(text: str) -> str | None:
     match = _LETTER.fullmatch(normalize(text).strip("*_ "))
     return match[1].upper() if match else None
+
+
+def _letters(text: str) -> list[str]:
+    """Letters of an answer that is nothing but a list of them: "(A), (B), and (C)"."""
+    text = normalize(text)
+    return re.findall(r"[A-Z]", text) if _LETTERS.fullmatch(text) else []
 
 
 def _named_by_number(text: str, choices: tuple[str, ...]) -> int | None:
