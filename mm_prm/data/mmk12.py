@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import datasets
+import huggingface_hub
+from datasets.data_files import DataFilesDict, DataFilesList
 
 from .features import PROBLEM_FEATURES, RowError, validate_problem
 from .images import DEFAULT_MAX_IMAGE_BYTES, DEFAULT_MAX_IMAGE_PIXELS, ImageError
@@ -178,6 +180,40 @@ class MMK12(datasets.GeneratorBasedBuilder):
         # The reasons lie beside the rows, so that a run that finds the rows in the cache knows them too.
         super()._prepare_split(split_generator, *args, **kwargs)
         write_skipped(self._output_dir, split_generator.name, self._skipped)
+
+    @classmethod
+    def from_hub(
+        cls, repo_id: str, *, revision: str | None = None, split: str = "train", **settings: Any
+    ) -> datasets.Dataset:
+        """
+        Load problem rows from a repository of the Hub that `mm-prm push dataset` made, each checked.
+
+        Args:
+            repo_id (`str`):
+                Data set repository with the configuration `problems`.
+            revision (`str`, *optional*):
+                Branch, tag or commit.
+            split (`str`, *optional*, defaults to `"train"`):
+                Split of the problems.
+            settings:
+                Settings of [`MMK12Config`].
+
+        Returns:
+            `datasets.Dataset`
+        """
+        files = huggingface_hub.list_repo_files(repo_id, repo_type="dataset", revision=revision)
+        names = sorted(name for name in files if name.startswith(f"problems/{split}-") and name.endswith(".parquet"))
+        if not names:
+            raise ProblemFileError(f"{repo_id}: holds no files problems/{split}-*.parquet")
+        local = [
+            huggingface_hub.hf_hub_download(repo_id, name, repo_type="dataset", revision=revision) for name in names
+        ]
+        data_files = DataFilesDict({split: DataFilesList(local, [()] * len(local))})
+        builder = cls(data_files=data_files, **settings)
+        builder.download_and_prepare()
+        dataset = builder.as_dataset(split=split)
+        assert isinstance(dataset, datasets.Dataset)
+        return dataset
 
     def skipped(self, split: str) -> list[dict[str, str]]:
         """

@@ -14,7 +14,15 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import yaml
-from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
+from huggingface_hub import (
+    DatasetCard,
+    DatasetCardData,
+    EvalResult,
+    ModelCard,
+    ModelCardData,
+    RepoCard,
+    SpaceCardData,
+)
 
 ModelKind = Literal["process-reward-model", "policy"]
 
@@ -48,6 +56,7 @@ def model_card(
     evaluation: str = "",
     eval_results: Sequence[EvalResult] = (),
     limits: Sequence[str] = (),
+    step_token_id: int | None = None,
 ) -> ModelCard:
     """
     Render the card of a process reward model or of a policy.
@@ -85,6 +94,8 @@ def model_card(
             Figures for the `model-index` and the card's table, as [`eval_result`] and [`best_of_n_results`] make them.
         limits (`Sequence[str]`, *optional*, defaults to `()`):
             What the model cannot do, beside what holds for all of its kind.
+        step_token_id (`int`, *optional*):
+            Id of the step token, to show how vLLM serves the model.
 
     Returns:
         [`~huggingface_hub.ModelCard`]: The card; `card.save("README.md")` writes it.
@@ -117,15 +128,17 @@ def model_card(
         evaluation=evaluation,
         metrics_table=_metrics_table(eval_results),
         limits=limits,
+        step_token_id=step_token_id,
         citation=CITATION,
     )
 
 
-def tree_dataset_card(
+def dataset_card(
     dataset_name: str,
     trees: Iterable[Mapping[str, Any]],
     *,
     data_files: Mapping[str, str],
+    num_rows: Mapping[str, int] | None = None,
     dataset_id: str | None = None,
     license: str | None = None,
     tags: Sequence[str] = (),
@@ -135,7 +148,7 @@ def tree_dataset_card(
     limits: Sequence[str] = (),
 ) -> DatasetCard:
     """
-    Render the card of annotated trees. What it says of their number, cost and settings is read from the trees.
+    Render the card of annotated trees and what belongs to them. Their number, cost and settings are read from the trees.
 
     `description`, `annotation` and `limits` are Markdown and go in as they are; all else is escaped.
 
@@ -143,9 +156,11 @@ def tree_dataset_card(
         dataset_name (`str`):
             Name of the data set, the card's title.
         trees (`Iterable[Mapping[str, Any]]`):
-            All of its tree rows.
+            All of its tree rows, if it has any.
         data_files (`Mapping[str, str]`):
             Files of each configuration (`{"trees": "trees.parquet"}`), so that `load_dataset` finds them.
+        num_rows (`Mapping[str, int]`, *optional*):
+            Number of rows of each configuration.
         dataset_id (`str`, *optional*):
             Hub repository or folder that the code on the card loads. Defaults to `dataset_name`.
         license (`str`, *optional*):
@@ -165,13 +180,13 @@ def tree_dataset_card(
         [`~huggingface_hub.DatasetCard`]: The card; `card.save("README.md")` writes it.
     """
     facts, settings = _tree_facts(trees)
-    num_trees = facts["trees"]
+    largest = max([facts["trees"], *(num_rows or {}).values()])
     data = DatasetCardData(
         license=license,
         pretty_name=dataset_name,
         annotations_creators=["machine-generated"],
         task_categories=["image-text-to-text"],
-        size_categories=[next((name for size, name in _SIZE_CATEGORIES.items() if num_trees < size), "n>1M")],
+        size_categories=[next((name for size, name in _SIZE_CATEGORIES.items() if largest < size), "n>1M")],
         tags=list(dict.fromkeys(["mm-prm", "process-supervision", *tags])),
         configs=[{"config_name": name, "data_files": path} for name, path in data_files.items()],
     )
@@ -180,14 +195,42 @@ def tree_dataset_card(
         template_str=_read_template("dataset_card.md.jinja"),
         title=_text(dataset_name),
         dataset_id=dataset_id or dataset_name,
-        config_name=next(iter(data_files)),
+        config_name="trees" if "trees" in data_files else next(iter(data_files)),
+        configs=num_rows or {},
         licence=_text(license) if license else None,
         description=description,
         usage_block=_code_block(usage, "python") if usage else None,
-        facts=facts,
+        facts=facts if facts["trees"] else None,
         annotation=annotation,
         settings_blocks=[_yaml_block(each) for each in settings],
         limits=limits,
+        citation=CITATION,
+    )
+
+
+def metric_card(name: str, texts: tuple[str, str], *, repo_id: str) -> RepoCard:
+    """
+    Render the card of a metric's Space.
+
+    Args:
+        name (`str`):
+            Name of the metric.
+        texts (`tuple[str, str]`):
+            What it says of itself, and of its arguments and results.
+        repo_id (`str`):
+            Hub repository that the code on the card loads.
+    """
+    description, arguments = texts
+    data = SpaceCardData(
+        title=name, sdk="static", license="apache-2.0", tags=["mm-prm", "evaluate", "metric"], pinned=False
+    )
+    return RepoCard.from_template(
+        data,
+        template_str=_read_template("metric_card.md.jinja"),
+        title=_text(name),
+        description=description.strip(),
+        repo_id=repo_id,
+        arguments_block=_code_block(arguments, "text"),
         citation=CITATION,
     )
 

@@ -23,7 +23,7 @@ from safetensors import safe_open
 import mm_prm.embedded
 from mm_prm.data import RowConfig
 from mm_prm.data.mini_types import question_types
-from mm_prm.hub import best_of_n_results, eval_result, model_card, tree_dataset_card
+from mm_prm.hub import best_of_n_results, dataset_card, eval_result, model_card
 
 HERE = Path(__file__).parent
 HEADLINE = "min"
@@ -156,7 +156,7 @@ def trees_card(results: dict[str, Any], path: Path) -> DatasetCard:
     """The card of the embedded trees."""
     trees = pyarrow.parquet.read_table(path).to_pylist()
     annotation = results["annotation"]["omegaprm"]
-    return tree_dataset_card(
+    return dataset_card(
         "mini-trees",
         trees,
         data_files={"trees": path.name},

@@ -13,7 +13,7 @@ from huggingface_hub import DatasetCard, ModelCard
 from markdown_it import MarkdownIt
 
 from mm_prm.data.features import TREE_FEATURES
-from mm_prm.hub import best_of_n_results, eval_result, model_card, tree_dataset_card
+from mm_prm.hub import best_of_n_results, dataset_card, eval_result, model_card
 from mm_prm.metrics.best_of_n.best_of_n import BestOfN
 from mm_prm.trainer import PRMConfig, PRMTrainer
 from tests.testing_utils import tiny_image
@@ -114,7 +114,7 @@ def test_hostile_values_break_neither_metadata_nor_text(tmp_path, tree):
     assert model.data.eval_results == [result]
 
     tree["settings"] = json.dumps({"note": HOSTILE})
-    tree_dataset_card(
+    dataset_card(
         HOSTILE, [tree], data_files={HOSTILE: HOSTILE}, license=HOSTILE, usage=f"'''\n```\n{HOSTILE}\n'''"
     ).save(tmp_path / "data.md")
     data = DatasetCard.load(tmp_path / "data.md")
@@ -166,7 +166,7 @@ def test_card_of_trees_lets_datasets_find_them(tmp_path, tree, monkeypatch):
 
     trees = [tree, {**tree, "problem_id": "p2", "status": "failed", "reason": "broken"}]
     Dataset.from_list(trees, features=TREE_FEATURES).to_parquet(str(tmp_path / "all.parquet"))
-    card = tree_dataset_card("trees", trees, data_files={"trees": "all.parquet"}, dataset_id=str(tmp_path))
+    card = dataset_card("trees", trees, data_files={"trees": "all.parquet"}, dataset_id=str(tmp_path))
     card.save(tmp_path / "README.md")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     values: dict = {}

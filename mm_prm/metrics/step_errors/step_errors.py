@@ -140,8 +140,8 @@ class StepErrors(evaluate.Metric):
             thresholds["fixed"] = float(threshold)
         if validation is not None:
             size = len(validation["step_scores"])
-            columns = [validation.get(name) or [ABSENT[name]] * size for name in ("first_error", "step_labels")]
-            part = _Solutions(validation["step_scores"], *columns, neutral, "validation, ")
+            first, each = (validation.get(name) or [ABSENT[name]] * size for name in ("first_error", "step_labels"))
+            part = _Solutions(validation["step_scores"], first, each, neutral, "validation, ")
             if part.figures is not solutions.figures:
                 raise ValueError("step_errors: `validation` needs the kind of labels that is measured")
             thresholds["calibrated"] = best_threshold(part.counts, part.figures, "f1")
@@ -177,7 +177,7 @@ def _defined(value: float) -> float | None:
 
 def _clusters(problem_ids: Sequence[str], chosen: np.ndarray) -> np.ndarray:
     """For each chosen solution the number of its problem."""
-    keys = [problem_ids[row] or f"\0{row}" for row in np.flatnonzero(chosen)]
+    keys = [problem_ids[row] or f"\0{row}" for row in map(int, np.flatnonzero(chosen))]
     return np.unique(keys, return_inverse=True)[1]
 
 

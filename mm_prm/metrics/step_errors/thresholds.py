@@ -59,18 +59,19 @@ def count_first_errors(step_scores: Sequence[Sequence[float]], first_errors: Seq
         first_errors (`Sequence[int]`):
             Index of the first wrong step, -1 if all are right.
     """
-    erroneous, correct, found, passed = [], [], [], []
+    entries: dict[str, list[tuple[int, float, float]]] = {
+        name: [] for name in ("erroneous", "correct", "found", "passed")
+    }
     for row, (scores, first_error) in enumerate(zip(step_scores, first_errors, strict=True)):
-        (correct if first_error < 0 else erroneous).append((row, -math.inf, math.inf))
+        entries["correct" if first_error < 0 else "erroneous"].append((row, -math.inf, math.inf))
         if len(scores) == 0 or any(math.isnan(score) for score in scores):
             continue
         minima = [math.inf, *np.minimum.accumulate(scores)]
         if first_error < 0:
-            passed.append((row, -math.inf, minima[-1]))
+            entries["passed"].append((row, -math.inf, minima[-1]))
         else:
-            found.append((row, minima[first_error + 1], minima[first_error]))
-    counts = {"erroneous": erroneous, "correct": correct, "found": found, "passed": passed}
-    return {name: Count.of(entries) for name, entries in counts.items()}
+            entries["found"].append((row, minima[first_error + 1], minima[first_error]))
+    return {name: Count.of(each) for name, each in entries.items()}
 
 
 def first_error_figures(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,0 +1,369 @@
+"""Round trips over HTTP against a Hub on this machine, and every way in which a push can fail."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from mm_prm.data import RowConfig, mini, trees_to_rows
+from mm_prm.data.features import FEATURES
+from tests.testing_utils import build_tiny_prm, build_tiny_vlm
+
+from .loopback import LoopbackHub
+
+REPOSITORY = Path(__file__).parents[2]
+TOKENS = {
+    "hf_writes_secret": ("me", "write"),
+    "hf_reads_secret": ("me", "read"),
+    "hf_other_secret": ("other", "write"),
+}
+
+
+@pytest.fixture(scope="module")
+def hub():
+    server = LoopbackHub(TOKENS)
+    yield server
+    server.stop()
+
+
+class Session:
+    """Runs commands and code in a Python whose Hub is the loopback."""
+
+    def __init__(self, hub, home):
+        removed = ("HF_HUB_OFFLINE", "HF_TOKEN")
+        environment = {name: value for name, value in os.environ.items() if name not in removed} | {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+            "PYTHONPATH": str(REPOSITORY),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__).parent / "session.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=home,
+        )
+
+    def ask(self, token="hf_writes_secret", **request):
+        self.process.stdin.write(json.dumps(request | {"env": {"HF_TOKEN": token}}) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        assert not [secret for secret in [*TOKENS, token] if secret and secret in answer["out"] + answer["err"]]
+        return answer
+
+    def push(self, *args, token="hf_writes_secret"):
+        answer = self.ask(token, args=["push", *map(str, args)])
+        assert answer["status"] is not None, answer["err"]
+        return answer
+
+    def run(self, code):
+        answer = self.ask(code=code)
+        assert "Traceback" not in answer["err"], answer["err"]
+        return answer["result"]
+
+
+@pytest.fixture(scope="module")
+def session(hub, tmp_path_factory):
+    session = Session(hub, tmp_path_factory.mktemp("home"))
+    yield session
+    session.process.stdin.close()
+    session.process.wait()
+
+
+@pytest.fixture(autouse=True)
+def _no_faults(hub):
+    hub.large_files_until_refused = None
+    hub.requests.clear()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    path = Path(build_tiny_prm(build_tiny_vlm(folder / "vlm"), folder / "prm"))
+    settings = {"model": "owner/base", "learning_rate": 4e-6, "output_dir": str(folder), "rows": str(path)}
+    (path / "settings.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    (path / "optimizer.pt").write_bytes(b"pickle")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """Problems, trees, rows and pools of the mini world, as commands write them."""
+    from mm_prm.embedded import embedded_path
+
+    folder = tmp_path_factory.mktemp("tables")
+    trees = datasets.Dataset.from_parquet(str(embedded_path("mini_trees.parquet"))).select(range(12))
+    problems = datasets.Dataset.from_list(
+        list(mini.generate_problems("annotation", 12, 0)), features=FEATURES["problem"]
+    )
+    assert problems["id"][:] == trees["problem_id"][:]
+    rows, _ = trees_to_rows(trees, RowConfig(), problems)
+    pool = {
+        "problem_id": problems[0]["id"],
+        "candidates": [["The answer is 1."], []],
+        "answers": ["1", ""],
+        "correct": [True, None],
+        "step_scores": [[0.5], []],
+    }
+    problems.to_parquet(str(folder / "problems.parquet"))
+    trees.save_to_disk(str(folder / "trees"))
+    datasets.Dataset.from_list(rows, features=FEATURES["stepwise"]).to_parquet(str(folder / "rows.parquet"))
+    (folder / "pools.jsonl").write_text(json.dumps(pool) + "\n", encoding="utf-8")
+    return folder
+
+
+def card_data(hub, kind, repo, branch="main"):
+    text = hub.repositories[kind, repo].branches[branch]["README.md"].decode()
+    return yaml.safe_load(text.split("---\n")[1]), text
+
+
+# Round trips
+
+
+def test_model_round_trip(hub, session, model, tmp_path):
+    estimate = {"value": 0.5, "low": 0.4, "high": 0.6}
+    results = {"num_candidates": 4, "pass@1": estimate, "uninformative": estimate, "oracle": estimate}
+    results |= {"best_of_n": {"min": estimate}, "weighted_majority": {"min": estimate}}
+    (tmp_path / "results.json").write_text(
+        json.dumps({"benchmark": "mathvista", "metrics": results}), encoding="utf-8"
+    )
+    args = ("model", model, "me/prm", "--license", "apache-2.0", "--results", tmp_path / "results.json", "--private")
+    answer = session.push(*args, "--trained_on", "me/trees")
+    assert answer["status"] == 0, answer["err"]
+    assert f"pushed: {hub.endpoint}/me/prm/commit/" in answer["out"]
+
+    repository = hub.repositories["model", "me/prm"]
+    assert repository.private and len(repository.messages) == 1
+    assert not {"optimizer.pt", "settings.yaml"} & set(repository.branches["main"])
+    data, text = card_data(hub, "model", "me/prm")
+    assert (data["base_model"], data["license"], data["datasets"]) == ("owner/base", "apache-2.0", ["me/trees"])
+    assert "learning_rate: 4.0e-06" in text and str(model) not in text
+    step_token_id = json.loads((model / "config.json").read_text(encoding="utf-8"))["step_token_id"]
+    assert f'"step_tag_id": {step_token_id}' in text and "mm-prm serve me/prm" in text
+    result = data["model-index"][0]["results"][0]
+    assert result["dataset"]["type"] == "AI4Math/MathVista"
+    metrics = {metric["name"]: metric for each in data["model-index"][0]["results"] for metric in each["metrics"]}
+    assert metrics["Best-of-4 (min)"]["args"] == {"low": 0.4, "high": 0.6, "confidence": 0.95}
+
+    same, steps = session.run(
+        "from mm_prm.inference import Scorer\n"
+        "from mm_prm.models import AutoModelForProcessReward\n"
+        "problem = {'id': '1', 'question': 'What is 2 + 3?', 'images': [], 'choices': []}\n"
+        "def scores(path):\n"
+        "    return Scorer.from_pretrained(path).score([problem], [[['2 + 3 = 5', 'The answer is 5.']]])\n"
+        "AutoModelForProcessReward.from_pretrained('me/prm')\n"
+        f"result = [scores('me/prm') == scores({str(model)!r}), len(scores('me/prm')[0][0])]"
+    )
+    assert same and steps == 2
+
+
+def test_data_round_trip(hub, session, tables):
+    answer = session.push("dataset", tables, "me/trees", "--license", "mit")
+    assert answer["status"] == 0, answer["err"]
+    data, text = card_data(hub, "dataset", "me/trees")
+    assert [config["config_name"] for config in data["configs"]] == ["problems", "trees", "rows", "pools"]
+    assert "| `problems` | 12 |" in text and 'load_rows("me/trees")' in text and "judge calls" in text
+    files = hub.repositories["dataset", "me/trees"].branches["main"]
+    columns = {
+        path.split("/")[0]: pq.read_schema(io.BytesIO(content)).names
+        for path, content in files.items()
+        if path.endswith(".parquet")
+    }
+    assert [name for name, names in columns.items() if "images" in names] == ["problems"]  # once
+    [embedded] = pq.read_table(io.BytesIO(files["problems/train-00000-of-00001.parquet"]))["images"][0].as_py()
+    assert embedded["bytes"].startswith(b"\x89PNG")
+
+    loaded = session.run(
+        "from datasets import load_dataset\n"
+        "from mm_prm.data import MMK12, validate_rows\n"
+        "from mm_prm.hub import load_rows\n"
+        "kinds = {'problems': 'problem', 'trees': 'tree', 'rows': 'stepwise', 'pools': 'pool'}\n"
+        "tables = {name: load_dataset('me/trees', name, split='train') for name in kinds}\n"
+        "counts = {name: validate_rows(kind, tables[name]) for name, kind in kinds.items()}\n"
+        "rows, problems = load_rows('me/trees'), MMK12.from_hub('me/trees')\n"
+        "result = {'counts': counts, 'columns': rows.column_names, 'size': rows[0]['images'][0].size,\n"
+        "          'prompt': rows[0]['prompt'], 'steps': rows[0]['completions'], 'labels': rows[0]['labels'],\n"
+        "          'ids': problems['id'][:], 'kind': type(problems[0]['images'][0]).__name__,\n"
+        "          'scores': tables['pools'][0]['step_scores'], 'correct': tables['pools'][0]['correct']}"
+    )
+    local = datasets.Dataset.from_parquet(str(tables / "rows.parquet"))
+    assert loaded["counts"] == {"problems": 12, "trees": 12, "rows": len(local), "pools": 1}
+    assert loaded["size"] == [112, 112] and {"images", "prompt", "completions", "labels"} <= set(loaded["columns"])
+    assert (loaded["prompt"], loaded["steps"]) == (local[0]["prompt"], local[0]["completions"])
+    assert loaded["labels"] == local[0]["labels"]
+    assert loaded["ids"] == datasets.load_from_disk(str(tables / "trees"))["problem_id"][:]
+    assert (loaded["scores"], loaded["correct"]) == ([[0.5], []], [True, None])
+
+
+def test_metric_round_trip(hub, session):
+    for name in ("best_of_n", "step_errors"):
+        answer = session.push("metric", name, f"me/{name}")
+        assert answer["status"] == 0, answer["err"]
+        data, text = card_data(hub, "space", f"me/{name}")
+        assert data["sdk"] == hub.repositories["space", f"me/{name}"].sdk == "static"
+        assert f'evaluate.load("me/{name}")' in text and "step_scores (`list" in text
+    result = session.run(
+        "import evaluate\n"
+        "best = evaluate.load('me/best_of_n').compute(correct=[[True, False]], step_scores=[[[0.9], [0.1]]])\n"
+        "steps = evaluate.load('me/step_errors').compute(step_scores=[[0.9, 0.2], [0.8]], first_error=[1, -1])\n"
+        "result = [best['best_of_n']['min']['value'], steps['thresholds']['0.5']['pooled']['f1']['value']]"
+    )
+    assert result == [1.0, 1.0]
+    answer = session.push("metric", "best_of_n", "me/bon")
+    assert answer["status"] == 2 and "call it me/best_of_n" in answer["err"]
+
+
+def test_space_round_trip(hub, session, tmp_path):
+    (tmp_path / "static").mkdir()
+    (tmp_path / "app.py").write_text("print('app')\n", encoding="utf-8")
+    (tmp_path / "static" / "style.css").write_text("p {}", encoding="utf-8")
+    (tmp_path / ".env").write_text("SECRET=1", encoding="utf-8")
+    answer = session.push("space", tmp_path, "me/app")
+    assert answer["status"] == 0, answer["err"]
+    files = hub.repositories["space", "me/app"].branches["main"]
+    assert set(files) == {".gitattributes", "README.md", "app.py", "static/style.css"}
+    assert (
+        card_data(hub, "space", "me/app")[0] | {"sdk": "gradio", "app_file": "app.py"}
+        == card_data(hub, "space", "me/app")[0]
+    )
+    code = "import huggingface_hub\nresult = huggingface_hub.snapshot_download('me/app', repo_type='space')"
+    assert Path(session.run(code), "static", "style.css").read_text(encoding="utf-8") == "p {}"
+
+
+def test_dry_run_sends_nothing_and_needs_no_token(hub, session, tables):
+    answer = session.push("dataset", tables, "me/never", "--dry_run", token="")
+    assert answer["status"] == 0 and not hub.requests
+    size = len(hub.repositories["dataset", "me/trees"].branches["main"]["trees/train-00000-of-00001.parquet"])
+    assert f"trees/train-00000-of-00001.parquet  {size:,} bytes" in answer["out"]
+    assert "config_name: rows" in answer["out"]
+
+
+def test_revision_is_a_branch_beside_main(hub, session, tables):
+    answer = session.push("dataset", tables, "me/branched", "--revision", "v2")
+    assert answer["status"] == 0, answer["err"]
+    branches = hub.repositories["dataset", "me/branched"].branches
+    assert set(branches["main"]) == {".gitattributes"} and "rows/train-00000-of-00001.parquet" in branches["v2"]
+    code = "from mm_prm.hub import load_rows\nresult = len(load_rows('me/branched', revision='v2'))"
+    assert session.run(code) == len(datasets.Dataset.from_parquet(str(tables / "rows.parquet")))
+
+
+def test_pushed_again_replaces_its_own(hub, session, tables):
+    for number in (1, 2):
+        args = ("dataset", tables, "me/again", "--description", f"Version {number}.")
+        answer = session.push(*args)
+        assert answer["status"] == 0, answer["err"]
+    assert "Version 2." in card_data(hub, "dataset", "me/again")[1]
+    assert len(hub.repositories["dataset", "me/again"].messages) == 2
+
+
+# What goes wrong
+
+
+def refused(answer, status=1):
+    """The one line that was told."""
+    assert answer["status"] == status, answer
+    [line] = answer["err"].splitlines()
+    assert "pushed:" not in answer["out"]
+    return line
+
+
+def test_an_interrupted_upload_commits_nothing_and_goes_on(hub, session, tables):
+    hub.objects.clear()
+    hub.large_files_until_refused = 2
+    line = refused(session.push("dataset", tables, "me/interrupted"))
+    assert "nothing was committed, the same command goes on where it stopped" in line
+    repository = hub.repositories["dataset", "me/interrupted"]
+    assert set(repository.branches["main"]) == {".gitattributes"} and not repository.messages
+    assert len(hub.objects) == 2
+
+    hub.large_files_until_refused = None
+    hub.requests.clear()
+    answer = session.push("dataset", tables, "me/interrupted")
+    assert answer["status"] == 0, answer["err"]
+    assert hub.requests["large"] == 2  # of four: the two that had arrived were not sent again
+    assert len(repository.branches["main"]) == 6 and len(repository.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "message"),
+    [
+        ("hf_wrong", "me/new", "the token is not valid"),
+        ("hf_reads_secret", "me/new", "no permission to write to me/new"),
+        ("hf_other_secret", "me/new", "no permission to write to me/new"),
+        ("", "me/new", "there is no token"),
+        ("hf_writes_secret", "me/a..b", "me/a..b"),
+    ],
+)
+def test_refusals_are_one_line_and_leave_nothing(hub, session, tables, token, repo, message):
+    line = refused(session.push("dataset", tables, repo, token=token))
+    assert message in line
+    assert ("dataset", "me/new") not in hub.repositories and not hub.requests["large"]
+
+
+def test_no_permission_for_an_existing_repository(hub, session, tables):
+    assert session.push("dataset", tables, "me/mine")["status"] == 0
+    before = dict(hub.repositories["dataset", "me/mine"].branches["main"])
+    line = refused(session.push("dataset", tables, "me/mine", "--description", "x", token="hf_other_secret"))
+    assert "no permission to write to me/mine" in line
+    assert hub.repositories["dataset", "me/mine"].branches["main"] == before
+
+
+def test_a_name_that_is_taken_by_something_else(hub, session, tables):
+    code = (
+        "from huggingface_hub import HfApi\n"
+        "HfApi().create_repo('me/taken', repo_type='dataset')\n"
+        "HfApi().upload_file(path_or_fileobj=b'1', path_in_repo='a.csv', repo_id='me/taken', repo_type='dataset')\n"
+        "result = 0"
+    )
+    session.run(code)
+    line = refused(session.push("dataset", tables, "me/taken"))
+    assert "the name me/taken is taken by a dataset that mm-prm did not push" in line
+    assert set(hub.repositories["dataset", "me/taken"].branches["main"]) == {".gitattributes", "a.csv"}
+
+
+def test_no_network(hub, session, tables):
+    with hub.unreachable():
+        line = refused(session.push("dataset", tables, "me/unreachable"))
+    assert f"{hub.endpoint} cannot be reached" in line and "is there a network?" in line
+
+
+def test_a_card_that_the_hub_refuses(hub, session, model):
+    line = refused(session.push("model", model, "me/refused", "--license", "my own"))
+    assert '"license" must be one of' in line
+    assert set(hub.repositories["model", "me/refused"].branches["main"]) == {".gitattributes"}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["model", "nowhere", "me/x"], "nowhere: there is no such folder"),
+        (["model", ".", "me/x"], "holds no config.json"),
+        (["dataset", ".", "me/x"], "holds none of problems, trees, rows, pools"),
+        (["space", ".", "me/x"], "holds no app.py"),
+        (["metric", "bleu", "me/bleu"], "holds no bleu.py"),
+        (["model", "mini-prm", "x"], "repository 'x': give owner/name"),
+        (["thing", "a", "me/x"], "kind"),
+        (["model", "a", "me/x", "b"], "'b' is one word too many"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(session, args, message):
+    assert message in refused(session.push(*args), status=2)
+
+
+def test_rows_of_unknown_problems_are_refused(session, tables, tmp_path):
+    problems = datasets.Dataset.from_parquet(str(tables / "problems.parquet"))
+    problems.select(range(3)).to_parquet(str(tmp_path / "problems.parquet"))
+    (tmp_path / "rows.parquet").write_bytes((tables / "rows.parquet").read_bytes())
+    line = refused(session.push("dataset", tmp_path, "me/x"), status=2)
+    assert "rows: " in line and "problem_id are not among the problems" in line
