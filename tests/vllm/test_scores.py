@@ -16,9 +16,6 @@ from mm_prm.data import mini
 from mm_prm.embedded import model_path
 from mm_prm.inference import Scorer, ServedScorer, VLLMScorer
 
-# Of transformers' own scores in bfloat16 from those in float32: the largest is 0.0035, the mean 0.0007.
-BFLOAT16_LARGEST, BFLOAT16_MEAN = 5e-3, 1e-3
-
 
 def problems_and_candidates():
     """20 problems of the mini world, five of them with two pictures, and two of text; solutions of all lengths."""
@@ -77,50 +74,49 @@ def server(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def scored(server):
-    dtype, url = server
+def problems_and_exact():
+    """Problems, candidates, and their scores by transformers in float32."""
     problems, candidates = problems_and_candidates()
+    return problems, candidates, local_scores(problems, candidates, "float32")
+
+
+def local_scores(problems, candidates, dtype) -> torch.Tensor:
+    return flat(Scorer.from_pretrained(model_path("mini-prm"), dtype=dtype, device="cpu").score(problems, candidates))
+
+
+def test_served_in_process_and_transformers_agree(server, problems_and_exact):
+    """
+    In float32 every score is the same.
+
+    In bfloat16 there is no such thing as the same score: transformers' own differ by 2e-3 between a solution alone and
+    after a shared prefix, and by 9e-3 from float32. The engines agree on average to 1e-3, and no score of vLLM is further
+    off than rounding takes those of transformers.
+    """
+    dtype, url = server
+    problems, candidates, exact = problems_and_exact
     served = ServedScorer(url, max_concurrency=16).score(problems, candidates)
     engine = VLLMScorer(model_path("mini-prm"), dtype=dtype, enforce_eager=True)
     in_process = engine.score(problems, candidates)
     engine.close()
-    local = Scorer.from_pretrained(model_path("mini-prm"), dtype=dtype, device="cpu").score(problems, candidates)
-    return dtype, candidates, served, in_process, local
-
-
-@pytest.mark.timeout(600)
-def test_served_in_process_and_transformers_agree(scored):
-    dtype, candidates, served, in_process, local = scored
     for scores in (served, in_process):
         assert [[len(c) for c in problem] for problem in scores] == [[len(c) for c in row] for row in candidates]
-    expected = flat(local)
-    assert len(expected) > 400 and expected.std() > 0.1
-    differences = {
-        "served, transformers": (flat(served) - expected).abs(),
-        "in process, transformers": (flat(in_process) - expected).abs(),
-        "served, in process": (flat(served) - flat(in_process)).abs(),
-    }
-    for name, difference in differences.items():
+    local = exact if dtype == "float32" else local_scores(problems, candidates, dtype)
+    assert len(exact) > 400 and exact.std() > 0.1
+    rounding = (local - exact).abs()
+    print(f"{dtype}: transformers, float32: largest {rounding.max():.6f}, mean {rounding.mean():.6f}")
+    for name, one, other in (
+        ("served, transformers", flat(served), local),
+        ("in process, transformers", flat(in_process), local),
+        ("served, in process", flat(served), flat(in_process)),
+        ("served, float32", flat(served), exact),
+    ):
+        difference = (one - other).abs()
         print(f"{dtype}: {name}: largest {difference.max():.6f}, mean {difference.mean():.6f}")
-        assert difference.max() < (1e-4 if dtype == "float32" else BFLOAT16_LARGEST), name
-        assert difference.mean() < (1e-5 if dtype == "float32" else BFLOAT16_MEAN), name
-
-
-def test_bfloat16_is_as_close_to_float32_as_in_transformers(scored):
-    """Both round every layer to 8 bits, in different places; neither may be the worse for it."""
-    dtype, _, served, _, local = scored
-    if dtype != "bfloat16":
-        pytest.skip("of bfloat16 alone")
-    problems, candidates = problems_and_candidates()
-    exact = flat(
-        Scorer.from_pretrained(model_path("mini-prm"), dtype="float32", device="cpu").score(problems, candidates)
-    )
-    distances = [(flat(scores) - exact).abs() for scores in (served, local)]
-    print(
-        "bfloat16: distance from float32, served and transformers:",
-        *(f"{d.max():.6f} {d.mean():.6f}" for d in distances),
-    )
-    assert distances[0].mean() < 1.5 * distances[1].mean() and distances[0].max() < 2 * distances[1].max()
+        if dtype == "float32":
+            assert difference.max() < 1e-4, name
+        else:
+            assert difference.mean() < 1e-3, name
+            assert difference.max() < 1.5 * rounding.max(), name
 
 
 def test_scoring_from_the_command_line(server, tmp_path, monkeypatch):
