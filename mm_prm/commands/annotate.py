@@ -11,13 +11,15 @@ from typing import Any, Literal
 
 from mm_prm.annotation.config import AnnotationConfig
 from mm_prm.commands import InputError, reading_input
+from mm_prm.commands.judge_settings import JudgeSettings
+from mm_prm.commands.policy_settings import PolicySettings
 from mm_prm.settings import parse_settings
 
 
 @dataclass
-class AnnotateSettings:
+class AnnotateSettings(PolicySettings, JudgeSettings):
     """
-    What is annotated, by which policy, and where the trees go.
+    What is annotated, by which policy and judge, and where the trees go.
 
     Args:
         problems (`str`):
@@ -36,26 +38,6 @@ class AnnotateSettings:
             given. Keep it on a local disk.
         output_json (`str`, *optional*):
             Write the summary there, too.
-        policy (`str`, *optional*, defaults to `"mini-policy"`):
-            Model that writes the solutions: a folder, a Hub repository, or mini-policy for the embedded one.
-        policy_temperature (`float`, *optional*, defaults to `1.0`):
-            Sampling temperature.
-        policy_top_k (`int`, *optional*, defaults to `50`):
-            Number of most probable tokens to sample from; 0 takes all.
-        policy_top_p (`float`, *optional*, defaults to `0.9`):
-            Samples from the smallest set of most probable tokens whose probability reaches this; 1 takes all.
-        policy_max_new_tokens (`int`, *optional*, defaults to `256`):
-            Most tokens of a rollout.
-        policy_batch_size (`int`, *optional*, defaults to `256`):
-            Most rollouts computed at once. A GPU wants thousands for a small model.
-        policy_step_format (`str`, *optional*, defaults to `"paragraphs"`):
-            How the policy writes its steps.
-        policy_dtype (`str`, *optional*):
-            Type of the weights, for example bfloat16; that of the checkpoint if not given.
-        policy_device (`str`, *optional*):
-            Where to compute, for example cuda:0; the GPU if there is one.
-        judge_timeout_seconds (`float`, *optional*, defaults to `5.0`):
-            Time limit of one comparison of formulas.
     """
 
     problems: str
@@ -65,27 +47,6 @@ class AnnotateSettings:
     limit: int | None = None
     journal: str | None = None
     output_json: str | None = None
-    policy: str = "mini-policy"
-    policy_temperature: float = 1.0
-    policy_top_k: int = 50
-    policy_top_p: float = 0.9
-    policy_max_new_tokens: int = 256
-    policy_batch_size: int = 256
-    policy_step_format: Literal["paragraphs", "tags", "numbered"] = "paragraphs"
-    policy_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    policy_device: str | None = None
-    judge_timeout_seconds: float = 5.0
-
-    def policy_settings(self) -> dict[str, Any]:
-        """Settings of the policy that change its rollouts, and so belong to its identity."""
-        return {
-            "temperature": self.policy_temperature,
-            "top_k": self.policy_top_k,
-            "top_p": self.policy_top_p,
-            "max_new_tokens": self.policy_max_new_tokens,
-            "step_format": self.policy_step_format,
-            "dtype": self.policy_dtype,
-        }
 
 
 def main(args: Sequence[str], prog: str) -> int:
@@ -101,12 +62,11 @@ def run(settings: AnnotateSettings, config: AnnotationConfig) -> int:
     import logging
 
     from mm_prm.annotation.annotator import Progress, annotate
-    from mm_prm.annotation.identity import describe
     from mm_prm.annotation.journal import Journal, JournalError
+    from mm_prm.annotation.protocols import Judge, Policy
     from mm_prm.commands.files import check_output, write_json, write_rows, write_settings_beside
     from mm_prm.commands.progress import ProgressBar
     from mm_prm.data import load_problems
-    from mm_prm.embedded import model_path
 
     output = check_output(settings.output)
     write_settings_beside(output, (settings, config))
@@ -118,22 +78,20 @@ def run(settings: AnnotateSettings, config: AnnotationConfig) -> int:
             on_bad_row=settings.on_bad_row,
             limit=settings.limit,
         )
-    from mm_prm.judges.rules import RulesJudge
-    from mm_prm.policies.transformers import TransformersPolicy
-
     with reading_input("policy"):
-        path = model_path(settings.policy)
+        settings.check_policy()
+        policy_identity = settings.policy_identity()
+    with reading_input("judge"):
+        settings.check_judge()
 
-    def open_policy() -> TransformersPolicy:
+    def open_policy() -> Policy:
         with reading_input("policy"):
-            return TransformersPolicy.from_pretrained(
-                path,
-                device=settings.policy_device,
-                batch_size=settings.policy_batch_size,
-                **settings.policy_settings(),
-            )
+            return settings.open_policy()
 
-    judge_settings = {"timeout_seconds": settings.judge_timeout_seconds}
+    def open_judge() -> Judge:
+        with reading_input("judge"):
+            return settings.open_judge()
+
     journal_path = settings.journal or f"{output}.journal.sqlite"
     last = Progress()
     summary = Summary()
@@ -153,12 +111,12 @@ def run(settings: AnnotateSettings, config: AnnotationConfig) -> int:
             trees = annotate(
                 problems,
                 open_policy,
-                RulesJudge(**judge_settings),
+                open_judge,
                 config,
                 journal,
                 show,
-                policy_identity=describe(TransformersPolicy.from_pretrained, path, settings.policy_settings()),
-                judge_identity=describe(RulesJudge, None, judge_settings),
+                policy_identity=policy_identity,
+                judge_identity=settings.judge_identity(),
             )
             places = {problem_id: place for place, problem_id in enumerate(problems["id"])}
             write_rows("tree", summary.watch(trees), output, places)
