@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,7 +190,7 @@ def _finished_rows(part: Path, part_key: Path, key: str) -> int:
 
 def _judged(
     rows: Iterator[tuple[dict[str, Any], _Answer]], done: int, num_rows: int, settings: JudgeCommandSettings
-) -> Iterator[list[dict[str, Any]]]:
+) -> Generator[list[dict[str, Any]], None, None]:
     """The rows after the first `done`, judged, lot by lot in their order."""
     from concurrent.futures import ThreadPoolExecutor
     from itertools import islice
@@ -204,10 +204,9 @@ def _judged(
     rows = islice(rows, done, None)
     lots = iter(lambda: list(islice(rows, _ROWS_AT_ONCE)), [])
     with ThreadPoolExecutor(settings.judge_max_concurrency) as threads:
-        for lot, verdicts in _first_verdicts(lots, num_rows - done, settings):
-            if language_model is not None:
-                answers = [answer for _, answer in lot]
-                verdicts = list(threads.map(_second_verdict, [language_model] * len(lot), answers, verdicts))
+        for lot, first_verdicts in _first_verdicts(lots, num_rows - done, settings):
+            answers = [answer for _, answer in lot]
+            verdicts = list(threads.map(_final_verdict, [language_model] * len(lot), answers, first_verdicts))
             yield [
                 {**row, "verdict": verdict.verdict, "extracted": verdict.extracted, "reason": verdict.reason}
                 for (row, _), verdict in zip(lot, verdicts, strict=True)
@@ -278,12 +277,13 @@ def _apply_rules(answers: Sequence[_Answer]) -> "list[Verdict]":
     ]
 
 
-def _second_verdict(language_model: "Judge", answer: _Answer, first: "Verdict | None") -> "Verdict":
+def _final_verdict(language_model: "Judge | None", answer: _Answer, first: "Verdict | None") -> "Verdict":
     from mm_prm.annotation.protocols import Verdict
     from mm_prm.chat_client import ChatServerError
 
-    if first is not None and (first.verdict != "unknown" or not first.extracted):
+    if first is not None and (language_model is None or first.verdict != "unknown" or not first.extracted):
         return first
+    assert language_model is not None
     try:
         verdict = language_model.judge(answer.problem(), [answer.text])
     except ChatServerError as error:
