@@ -130,6 +130,8 @@ def test_steps_of_processbench(capsys):
         (["--benchmark_path", "nowhere.parquet"], "nowhere.parquet: there is no such file or folder"),
         (["--benchmark", "mathvista"], "column 'pid' is missing; there are id, question, answer, image"),
         (["--policy", "./nowhere"], "./nowhere: there is no such folder"),
+        (["--policy_engine", "server"], "policy_base_urls: is needed where policy_engine is 'server'"),
+        (["--judge", "cascade"], "judge_model: is needed where judge is 'cascade'"),
         (["--num_candidates", "0"], "num_candidates = 0: give a number above 0"),
     ],
 )
@@ -140,7 +142,7 @@ def test_bad_input_is_told_in_one_line(problems, args, message, capsys):
 
 
 def test_tolerance():
-    judge = ToleranceJudge(RulesJudge(), {"near": 0.05})
+    judge = ToleranceJudge(RulesJudge(), RulesJudge(), {"near": 0.05})
     problem = {"id": "near", "answer": "1.2", "choices": []}
 
     def verdict(answer, **changes):

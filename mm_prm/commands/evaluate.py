@@ -6,11 +6,13 @@ mm-prm evaluate --benchmark processbench --model path/or/hub-id --output evaluat
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mm_prm.commands import InputError, reading_input
+from mm_prm.commands.judge_settings import JudgeSettings
+from mm_prm.commands.policy_settings import PolicySettings
 from mm_prm.settings import parse_settings
 
 if TYPE_CHECKING:
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
     from mm_prm.data.benchmarks import LoadedBenchmark
 
 
-@dataclass
-class EvaluateSettings:
+@dataclass(kw_only=True)
+class EvaluateSettings(PolicySettings, JudgeSettings):
     """
     What is measured on which benchmark.
 
@@ -31,9 +33,9 @@ class EvaluateSettings:
             Folder of the results. What is finished is kept there in a journal, and a run that was killed goes on.
         model (`str`, *optional*, defaults to `"mini-prm"`):
             Process reward model: a folder, a Hub repository, or mini-prm for the embedded one.
-        policy (`str`, *optional*, defaults to `"mini-policy"`):
-            Model that writes the solutions: a folder, a Hub repository, or mini-policy for the embedded one. With
-            policy_base_urls the name under which the servers serve it.
+        model_base_url (`str`, *optional*):
+            Address of a server that `mm-prm serve` started for the model; scores are computed in this process if not
+            given.
         candidates (`str`, *optional*):
             Solutions to score instead of the policy's: a folder, or a .parquet, .jsonl or .json file, with `problem_id`
             and `candidates` (for each candidate the list of its steps).
@@ -49,28 +51,14 @@ class EvaluateSettings:
             Solutions of each problem.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the solutions and of the resampling.
-        policy_backend (`str`, *optional*, defaults to `"transformers"`):
-            What runs the policy in this process; servers are given by policy_base_urls.
-        policy_base_urls (`list[str]`, *optional*):
-            Addresses of OpenAI-compatible servers of the policy, up to and including /v1.
-        policy_temperature (`float`, *optional*, defaults to `1.0`):
-            Sampling temperature.
-        policy_top_k (`int`, *optional*, defaults to `50`):
-            Number of most probable tokens to sample from; 0 takes all.
-        policy_top_p (`float`, *optional*, defaults to `0.9`):
-            Samples from the smallest set of most probable tokens whose probability reaches this; 1 takes all.
         policy_max_new_tokens (`int`, *optional*, defaults to `1024`):
             Most tokens of a solution. One that reaches it has no answer.
-        policy_step_format (`str`, *optional*, defaults to `"paragraphs"`):
-            How the policy writes its steps.
         dtype (`str`, *optional*):
-            Type of the weights of policy and model; that of the checkpoint if not given.
+            Type of the model's weights; that of the checkpoint if not given.
         device (`str`, *optional*):
-            Where to compute, for example cuda:0; the GPU if there is one.
+            Where to compute the scores, for example cuda:0; the GPU if there is one.
         max_tokens (`int`, *optional*, defaults to `16384`):
             Largest number of tokens of a scored batch, padding included.
-        judge_timeout_seconds (`float`, *optional*, defaults to `5.0`):
-            Time limit of one comparison of formulas.
         threshold (`float`, *optional*):
             For benchmarks of labelled steps: a threshold fixed beforehand, beside 0.5 and the oracle's.
         calibrate_on (`str`, *optional*):
@@ -84,7 +72,7 @@ class EvaluateSettings:
     benchmark: str
     output: str
     model: str = "mini-prm"
-    policy: str = "mini-policy"
+    model_base_url: str | None = None
     candidates: str | None = None
     benchmark_path: str | None = None
     limit: int | None = None
@@ -92,17 +80,10 @@ class EvaluateSettings:
     output_json: str | None = None
     num_candidates: int = 16
     seed: int = 0
-    policy_backend: Literal["transformers", "vllm"] = "transformers"
-    policy_base_urls: list[str] | None = None
-    policy_temperature: float = 1.0
-    policy_top_k: int = 50
-    policy_top_p: float = 0.9
     policy_max_new_tokens: int = 1024
-    policy_step_format: Literal["paragraphs", "tags", "numbered"] = "paragraphs"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str | None = None
     max_tokens: int = 16384
-    judge_timeout_seconds: float = 5.0
     threshold: float | None = None
     calibrate_on: str | None = None
     neutral: Literal["leave_out", "wrong"] = "leave_out"
@@ -136,6 +117,12 @@ def run(settings: EvaluateSettings) -> int:
         )
     if loaded.solutions and settings.candidates:
         raise InputError(f"candidates: {settings.benchmark} has its own solutions; leave it out")
+    if settings.judge != "rules" and settings.judge_cache is None:
+        settings = replace(settings, judge_cache=str(output / "verdicts.sqlite"))
+    with reading_input("policy"):
+        settings.check_policy()
+    with reading_input("judge"):
+        settings.check_judge()
     write_settings(output, settings)
     try:
         with Journal(output / "journal.sqlite") as journal:
@@ -166,6 +153,8 @@ def _measure_answers(
     settings: EvaluateSettings, loaded: "LoadedBenchmark", journal: "Journal", output: Path
 ) -> dict[str, Any]:
     """Best-of-N over sampled solutions, or those of a file."""
+    from concurrent.futures import ThreadPoolExecutor
+
     from mm_prm.commands.best_of_n import print_tables
     from mm_prm.commands.files import write_rows
     from mm_prm.evaluation import ToleranceJudge, sample_candidates
@@ -179,14 +168,25 @@ def _measure_answers(
         chosen, candidates = _read_candidates(settings.candidates, problems["id"][:])
         problems = problems.select(chosen)
     else:
-        open_policy, identity = _policy(settings)
+
+        def open_policy() -> "Policy":
+            with reading_input("policy"):
+                return settings.open_policy()
+
+        with reading_input("policy"):
+            identity = settings.policy_identity()
         with _progress("solutions", len(problems)) as show:
             candidates = sample_candidates(
                 problems, open_policy, identity, settings.num_candidates, settings.seed, journal, show
             )
     scores = _scores(settings, problems, candidates, journal)
-    judge = ToleranceJudge(RulesJudge(settings.judge_timeout_seconds), loaded.tolerances)
-    pools = build_pools(list(problems.remove_columns("images")), candidates, judge, scores)
+    with reading_input("judge"):
+        judge = ToleranceJudge(settings.open_judge(), RulesJudge(settings.judge_timeout_seconds), loaded.tolerances)
+    # A language model answers many questions at once; rules are faster one by one than threads are.
+    with ThreadPoolExecutor(1 if settings.judge == "rules" else settings.judge_max_concurrency) as threads:
+        rows = problems.remove_columns("images")
+        one_each = threads.map(lambda *one: build_pools([one[0]], [one[1]], judge, [one[2]]), rows, candidates, scores)
+        pools = [pool for [pool] in one_each]
     write_rows("pool", pools, output / "pools.parquet")
     columns = {name: [pool[name] for pool in pools] for name in ("correct", "step_scores", "answers", "candidates")}
     results = BestOfN().compute(**columns, num_resamples=settings.num_resamples, seed=settings.seed)
@@ -264,62 +264,21 @@ def _read_candidates(path: str, problem_ids: Sequence[str]) -> tuple[list[int], 
     return chosen, [found[place] for place in chosen]
 
 
-def _policy(settings: EvaluateSettings) -> "tuple[Callable[[], Policy], str]":
-    """How to open the policy, and what it is."""
-    from mm_prm.annotation.identity import describe
-    from mm_prm.embedded import model_path
-
-    sampling: dict[str, Any] = {
-        "temperature": settings.policy_temperature,
-        "top_k": settings.policy_top_k,
-        "top_p": settings.policy_top_p,
-        "max_new_tokens": settings.policy_max_new_tokens,
-        "step_format": settings.policy_step_format,
-    }
-    if settings.policy_base_urls:
-        from mm_prm.policies.openai import OpenAIPolicy
-
-        urls = settings.policy_base_urls
-        # Which servers answer does not change what is sampled, only the model they serve.
-        identity = describe(OpenAIPolicy, None, sampling | {"model": settings.policy})
-        return _opening(lambda: OpenAIPolicy(settings.policy, urls, **sampling)), identity
-    with reading_input("policy"):
-        path = model_path(settings.policy)
-    if settings.policy_backend == "vllm":
-        from mm_prm.policies.vllm import VLLMPolicy
-
-        sampling["dtype"] = settings.dtype
-        return _opening(lambda: VLLMPolicy(path, **sampling)), describe(VLLMPolicy, path, sampling)
-    from mm_prm.policies.transformers import TransformersPolicy
-
-    sampling["dtype"] = settings.dtype
-    return (
-        _opening(lambda: TransformersPolicy.from_pretrained(path, device=settings.device, **sampling)),
-        describe(TransformersPolicy.from_pretrained, path, sampling),
-    )
-
-
-def _opening(open_policy: "Callable[[], Policy]") -> "Callable[[], Policy]":
-    def opened() -> "Policy":
-        with reading_input("policy"):
-            return open_policy()
-
-    return opened
-
-
 def _scores(
     settings: EvaluateSettings, problems: Any, candidates: Sequence[Any], journal: "Journal"
 ) -> list[list[list[float]]]:
     from mm_prm.annotation.identity import describe
     from mm_prm.embedded import model_path
     from mm_prm.evaluation import score_candidates
-    from mm_prm.inference import Scorer
+    from mm_prm.inference import Scorer, ServedScorer
 
     with reading_input("model"):
         path = model_path(settings.model)
 
-    def open_scorer() -> Scorer:
+    def open_scorer() -> Scorer | ServedScorer:
         with reading_input("model"):
+            if settings.model_base_url is not None:
+                return ServedScorer(settings.model_base_url, path)
             return Scorer.from_pretrained(
                 path, dtype=settings.dtype, device=settings.device, max_tokens=settings.max_tokens
             )

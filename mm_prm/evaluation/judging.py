@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from mm_prm.annotation.protocols import Problem, Verdict
+from mm_prm.annotation.protocols import Judge, Problem, Verdict
 from mm_prm.inference.best_of_n import EquivalenceJudge
 
 
@@ -11,14 +11,16 @@ class ToleranceJudge:
     A judge that also takes a number within its problem's tolerance for right.
 
     Args:
-        judge ([`EquivalenceJudge`]):
-            Judge that is asked first, and for all else.
+        judge ([`~mm_prm.annotation.protocols.Judge`]):
+            Judge that is asked first.
+        equivalence ([`EquivalenceJudge`]):
+            Judge that compares answers with each other, to count votes: by rules, because there are many pairs.
         tolerances (`Mapping[str, float]`):
             Tolerance of a problem, by its id.
     """
 
-    def __init__(self, judge: EquivalenceJudge, tolerances: Mapping[str, float]):
-        self._judge, self._tolerances = judge, tolerances
+    def __init__(self, judge: Judge, equivalence: EquivalenceJudge, tolerances: Mapping[str, float]):
+        self._judge, self._equivalence, self._tolerances = judge, equivalence, tolerances
 
     def judge(self, problem: Problem, solution: Sequence[str]) -> Verdict:
         """Judges a solution, see [`~mm_prm.annotation.protocols.Judge`]."""
@@ -34,7 +36,7 @@ class ToleranceJudge:
 
     def equivalent(self, a: str, b: str, choices: Sequence[str]) -> bool:
         """Whether two answers mean the same; tolerance has no part in it, as it is no equivalence."""
-        return self._judge.equivalent(a, b, choices)
+        return self._equivalence.equivalent(a, b, choices)
 
 
 def _number(text: str) -> float | None:
