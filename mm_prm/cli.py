@@ -31,7 +31,8 @@ _EPILOG = """\
 Every command reads its settings from --config FILE.yaml and from flags, which win over the file.
 `mm-prm COMMAND --help` lists them. The settings of a run are written beside its output.
 
-exit status: 0 done (problems that the settings say to skip are no failure), 1 done but some problems failed,
+exit status: 0 done (problems that the settings say to skip are no failure), 1 done but some problems failed, or
+             the Hub did not take what was pushed,
              2 settings or input that cannot be used, 130 interrupted
 """
 

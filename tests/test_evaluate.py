@@ -13,6 +13,8 @@ from mm_prm.data import mini, validate_rows
 from mm_prm.evaluation import ToleranceJudge, stages
 from mm_prm.judges import RulesJudge
 
+from .chat_server import ChatServer
+
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 NUM_PROBLEMS = 5
 
@@ -103,6 +105,31 @@ def test_candidates_of_a_file(problems, capsys):
     Path("candidates.jsonl").write_text(json.dumps(rows[0] | {"problem_id": "other"}), encoding="utf-8")
     assert main([*ARGS, "--candidates", "candidates.jsonl", "--output", "out"]) == 2
     assert "candidates.jsonl: row 0: problem_id = 'other'" in capsys.readouterr().err
+
+
+def test_a_language_model_judges_what_rules_leave_open_once(problems):
+    candidates = [["Some red thing, or another."], ["The answer is 977."]]
+    rows = [{"problem_id": problem["id"], "candidates": candidates} for problem in problems]
+    Path("candidates.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with ChatServer(lambda payload: ["Yes" if "red" in str(payload["messages"]) else "No"]) as server:
+        flags = [
+            "--judge",
+            "cascade",
+            "--judge_model",
+            "m",
+            "--judge_base_urls",
+            server.url,
+            "--judge_max_retries",
+            "0",
+        ]
+        asked = []
+        for _ in range(2):
+            assert main([*ARGS, *flags, "--candidates", "candidates.jsonl", "--output", "out"]) == 0
+            asked.append(len(server.payloads))
+            pools, results = read("out")
+            assert [pool["correct"][0] for pool in pools] == [True] * NUM_PROBLEMS
+            assert results["unknown_verdicts"] == 0
+    assert asked[0] > 1 and asked[1] == asked[0] + 1  # the second run opens the server and asks it nothing
 
 
 def test_steps_of_processbench(capsys):

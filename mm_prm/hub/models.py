@@ -1,5 +1,6 @@
 """What goes to the Hub with a model: its checkpoint, and a card filled with real values."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -143,14 +144,20 @@ def _step_error_results(thresholds: Mapping[str, Any], place: dict[str, str]) ->
 
 
 def _settings(path: Path) -> dict[str, Any]:
+    """What was set for the training: not what is as it always is, nor places on somebody's disk, nor secrets."""
     if not path.is_file():
         return {}
+    from mm_prm.trainer import PRMConfig
+
     settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    # Places on somebody's disk and what is logged say nothing about the model.
+    defaults = {field.name: field.default for field in dataclasses.fields(PRMConfig)}
     return {
         name: value
         for name, value in settings.items()
-        if value is not None and name not in _BESIDE_THE_POINT and not _is_path(value)
+        if value not in (None, "", [], {}, defaults.get(name))
+        and name not in _BESIDE_THE_POINT
+        and not name.endswith(("hub_token", "api_key", "password"))
+        and not _is_path(value)
     }
 
 

@@ -19,6 +19,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     path = Path(build_tiny_prm(build_tiny_vlm(folder / "vlm"), folder / "prm"))
     settings = {"model": "owner/base", "learning_rate": 4e-6, "output_dir": str(folder), "rows": str(path)}
+    settings |= {"hub_token": "hf_writes_secret", "seed": 42, "label_mode": "hard"}
     (path / "settings.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     (path / "optimizer.pt").write_bytes(b"pickle")
     return path
@@ -75,7 +76,8 @@ def test_model_round_trip(hub, session, model, tmp_path):
     assert not {"optimizer.pt", "settings.yaml"} & set(repository.branches["main"])
     data, text = card_data(hub, "model", "me/prm")
     assert (data["base_model"], data["license"], data["datasets"]) == ("owner/base", "apache-2.0", ["me/trees"])
-    assert "learning_rate: 4.0e-06" in text and str(model) not in text
+    assert "learning_rate: 4.0e-06" in text and "label_mode: hard" in text
+    assert not [word for word in (str(model), "hf_writes_secret", "seed:") if word in text]
     step_token_id = json.loads((model / "config.json").read_text(encoding="utf-8"))["step_token_id"]
     assert f'"step_tag_id": {step_token_id}' in text and "mm-prm serve me/prm" in text
     result = data["model-index"][0]["results"][0]
@@ -166,6 +168,20 @@ def test_space_round_trip(hub, session, tmp_path):
     )
     code = "import huggingface_hub\nresult = huggingface_hub.snapshot_download('me/app', repo_type='space')"
     assert Path(session.run(code), "static", "style.css").read_text(encoding="utf-8") == "p {}"
+
+
+def test_cards_pass_the_validator_of_huggingface_hub(hub, session):
+    cards = [(kind, repo) for kind, repo in hub.repositories if repo.startswith("me/")]
+    texts = [
+        (kind, repository.branches["main"]["README.md"].decode())
+        for kind, repo in cards
+        if "README.md" in (repository := hub.repositories[kind, repo]).branches["main"]
+    ]
+    assert {kind for kind, _ in texts} == {"model", "dataset", "space"}
+    code = "from huggingface_hub import RepoCard\n"
+    code += f"result = [RepoCard(text).validate(repo_type=kind) for kind, text in {texts!r}]"
+    assert session.run(code) == [None] * len(texts)
+    assert hub.requests["validate"] == len(texts)
 
 
 def test_dry_run_sends_nothing_and_needs_no_token(hub, session, tables):
