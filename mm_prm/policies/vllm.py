@@ -62,6 +62,7 @@ class VLLMPolicy:
         check_sampling(max_new_tokens, temperature, top_k, top_p, step_format)
         try:
             from vllm import EngineArgs, LLMEngine, SamplingParams
+            from vllm.platforms import current_platform
             from vllm.sampling_params import RequestOutputKind
         except ImportError as error:
             raise ValueError(
@@ -81,7 +82,12 @@ class VLLMPolicy:
             top_p=top_p,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        arguments: Any = {"model": path, "dtype": dtype or "auto", "disable_log_stats": True, **engine_settings}
+        arguments: Any = {"model": path, "dtype": dtype or "auto", "disable_log_stats": True}
+        if current_platform.is_cpu():
+            # A prompt that is split between two batches takes the noise of its seed back, which a generator on the CPU
+            # cannot: vLLM would end there with "CPU Generator does not use offset".
+            arguments["enable_chunked_prefill"] = False
+        arguments |= engine_settings
         self._engine = _Engine(LLMEngine.from_engine_args(EngineArgs(**arguments)))
         self.close = weakref.finalize(self, self._engine.stop)
 
