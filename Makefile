@@ -15,7 +15,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 test-vllm: $(VLLM_VENV)/.installed
-	$(VLLM_BIN)/python -m pytest -m vllm -s tests/vllm
+	$(VLLM_BIN)/python -m pytest -m vllm -s --timeout 900 tests/vllm  # engines start slowly on a busy machine
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check
