@@ -35,6 +35,7 @@ class Session:
             "HF_HUB_DISABLE_XET": "1",
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "TQDM_DISABLE": "1",  # as the command line sets it before anything is imported
             "HF_UPDATE_DOWNLOAD_COUNTS": "0",
             "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
         }
