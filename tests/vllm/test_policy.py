@@ -1,0 +1,163 @@
+"""Rollouts of vLLM in this process and behind its server: the same for the same seeds, whatever else is under way."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+import torch
+
+from mm_prm.annotation.protocols import RolloutRequest
+from mm_prm.data import mini
+from mm_prm.embedded import model_path
+from mm_prm.judges import RulesJudge
+from mm_prm.policies.openai import OpenAIPolicy
+from mm_prm.policies.transformers import TransformersPolicy
+from mm_prm.policies.vllm import VLLMPolicy
+
+ENGINE = {"max_model_len": 1024, "dtype": "float32"}
+PROBLEMS = [mini.problem("test", number).row() for number in range(24)]
+
+
+def requests(num_rollouts=4, prefix=()):
+    """One request a problem; with the seeds of annotation, which lie far apart."""
+    return [
+        (problem, RolloutRequest(problem["id"], tuple(prefix), num_rollouts, 2**62 + 4096 * number))
+        for number, problem in enumerate(PROBLEMS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    policy = VLLMPolicy(model_path("mini-policy"), enforce_eager=True, **ENGINE)
+    yield policy
+    policy.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    flags = ["--port", str(port), "--enforce-eager", "--max-model-len", "1024", "--dtype", "float32"]
+    flags += ["--no-enable-chunked-prefill"]  # seeds on the CPU, see VLLMPolicy
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        model_path("mini-policy"),
+        *flags,
+    ]
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            [*command, "--served-model-name", "mini"], stdout=output, stderr=subprocess.STDOUT, env={**os.environ}
+        )
+    try:
+        for _ in range(280):
+            assert process.poll() is None, "the server ended"
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(1)
+        yield f"http://127.0.0.1:{port}/v1"
+    except BaseException:
+        print(log.read_text(encoding="utf-8")[-5000:])
+        raise
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def steps(generations):
+    return [[(rollout.steps, rollout.status) for rollout in generation.rollouts] for generation in generations]
+
+
+def test_rollouts_depend_on_their_request_alone(policy):
+    together = policy.generate(requests())
+    assert policy.generate(requests()[::-1])[::-1] == together
+    assert [policy.generate([request])[0] for request in requests()[:3]] == together[:3]
+    # Sample i draws from seed + i, so a request that begins later gives the tail of the other.
+    problem, request = requests()[0]
+    later = RolloutRequest(request.problem_id, (), 2, request.seed + 2)
+    assert policy.generate([(problem, later)])[0].rollouts == together[0].rollouts[2:]
+    texts = {rollout.steps for generation in policy.generate(requests(16)[:8]) for rollout in generation.rollouts}
+    assert len(texts) > 16
+
+
+def test_they_are_the_solutions_of_the_model(policy):
+    """As often right as those of transformers: the prompt is the same, pictures and all."""
+    judge = RulesJudge()
+
+    def share_right(generations):
+        verdicts = [
+            judge.judge(problem, rollout.steps).verdict == "right"
+            for problem, generation in zip(PROBLEMS, generations, strict=True)
+            for rollout in generation.rollouts
+        ]
+        return sum(verdicts) / len(verdicts)
+
+    torch.set_num_threads(1)
+    other = TransformersPolicy.from_pretrained(model_path("mini-policy"), device="cpu")
+    asked = requests(16)
+    own, others = policy.generate(asked), other.generate(asked)
+    assert [generation.prompt_tokens for generation in own] == [generation.prompt_tokens for generation in others]
+    assert abs(share_right(own) - share_right(others)) < 0.1
+    assert share_right(own) > 0.2
+    assert all(rollout.status == "finished" for generation in own for rollout in generation.rollouts)
+    greedy = greedy_rollouts(policy)
+    expected = TransformersPolicy.from_pretrained(model_path("mini-policy"), device="cpu", temperature=0)
+    assert steps(greedy) == steps(expected.generate(requests(2)))
+
+
+def greedy_rollouts(policy):
+    """The same engine at temperature 0."""
+    sampling, policy._greedy = policy._sampling, True
+
+    def at_zero(num_rollouts, seed):
+        params = sampling(num_rollouts, seed)
+        params.temperature = 0.0
+        params.top_k, params.top_p = 0, 1.0
+        return params
+
+    policy._sampling = at_zero
+    try:
+        return policy.generate(requests(2))
+    finally:
+        policy._sampling, policy._greedy = sampling, False
+
+
+def test_a_prefix_is_continued(policy):
+    prefix = policy.generate(requests()[:1])[0].rollouts[0].steps[:2]
+    [generation] = policy.generate(requests(8, prefix)[:1])
+    assert all(rollout.status == "finished" for rollout in generation.rollouts)
+    assert not any(step in rollout.steps for step in prefix for rollout in generation.rollouts)
+    assert generation.prompt_tokens > policy.generate(requests(1)[:1])[0].prompt_tokens
+
+
+def test_one_request_that_cannot_be_answered_fails_alone(policy):
+    problem, request = requests()[0]
+    long = {**problem, "question": problem["question"] + " and so on" * 2000}
+    futures = [policy.submit(long, request), policy.submit(problem, request)]
+    with pytest.raises(Exception, match="maximum context length is 1024"):
+        futures[0].result()
+    assert len(futures[1].result().rollouts) == 4
+    cancelled = policy.submit(problem, RolloutRequest("p", (), 4096, 1))
+    assert cancelled.cancel()
+    assert len(policy.generate([(problem, request)])[0].rollouts) == 4
+
+
+def test_the_server_gives_what_the_engine_gives(policy, server):
+    served = OpenAIPolicy("mini", server, timeout_seconds=120, max_concurrency=8)
+    assert served.prefix_in_turn
+    for asked in (requests(), requests(4, policy.generate(requests()[:1])[0].rollouts[0].steps[:1])[:1]):
+        own, other = policy.generate(asked), served.generate(asked)
+        assert steps(own) == steps(other)
+        assert [generation.prompt_tokens for generation in own] == [generation.prompt_tokens for generation in other]
+        for one, two in zip(own, other, strict=True):
+            assert sum(r.num_tokens for r in one.rollouts) == sum(r.num_tokens for r in two.rollouts)
