@@ -6,7 +6,7 @@ small operations, and the GPU waits. On the CPU, in a data loader's worker, nobo
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -27,7 +27,7 @@ class PositionPrecomputer:
     """
 
     def __init__(self, core: PreTrainedModel):
-        self.core = core
+        self.core: Any = core
 
     @classmethod
     def for_model(cls, model: torch.nn.Module) -> "PositionPrecomputer | None":
@@ -40,7 +40,7 @@ class PositionPrecomputer:
         """
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and module.config.model_type in _MODEL_TYPES:
-                core = module.base_model
+                core = cast(PreTrainedModel, module.base_model)
                 with torch.device("meta"):
                     return cls(type(core)(core.config))
         return None
