@@ -4,27 +4,24 @@ mm-prm score --pools candidates.jsonl --problems problems.json --model path/to/p
 mm-prm score --pools candidates.jsonl --problems problems.json --base_url http://127.0.0.1:8000 --output pools.parquet
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mm_prm.commands import InputError, reading_input
+from mm_prm.commands.scorer_settings import ScorerSettings
 from mm_prm.settings import parse_settings
 
 if TYPE_CHECKING:
     import datasets
 
-    from mm_prm.inference import Scorer, ServedScorer
 
-# Problems whose images are in memory at a time, and whose candidates share batches.
-_PROBLEMS_AT_ONCE = 64
-
-
-@dataclass
-class ScoreSettings:
+@dataclass(kw_only=True)
+class ScoreSettings(ScorerSettings):
     """
-    Which candidates are scored, by which model, and where the scores go.
+    Which candidates are scored, and where the scores go.
 
     Args:
         pools (`str`):
@@ -34,22 +31,9 @@ class ScoreSettings:
             Problems of the pools; see `mm-prm annotate`.
         output (`str`):
             Where the scored pools go: a folder, or a .parquet or .jsonl file.
-        model (`str`, *optional*):
-            Process reward model: a folder, a Hub repository, or mini-prm for the embedded one, which is taken if none is
-            given. With a server, where its processor lies; where the server has the model from if not given.
-        base_url (`str`, *optional*):
-            Address of a server that `mm-prm serve` started, which then computes the scores.
-        max_concurrency (`int`, *optional*, defaults to `16`):
-            Most requests to the server at once.
-        dtype (`str`, *optional*):
-            Type of the weights; that of the checkpoint if not given.
-        device (`str`, *optional*):
-            Where to compute, for example cuda:0; the GPU if there is one.
-        max_tokens (`int`, *optional*, defaults to `16384`):
-            Largest number of tokens of a batch, padding included.
-        share_prefix (`bool`, *optional*, defaults to `True`):
-            Whether the candidates of a problem continue from its cached question and images. Small models on fast GPUs
-            do better without.
+        journal (`str`, *optional*):
+            SQLite file on a local disk that keeps what is scored, so that a run that was killed goes on after it. Beside
+            the output if not given.
         image_root (`str`, *optional*):
             Folder within which image paths of the problems lie. The file's own folder if not given.
         on_bad_row (`str`, *optional*, defaults to `"raise"`):
@@ -63,21 +47,14 @@ class ScoreSettings:
     pools: str
     problems: str
     output: str
-    model: str | None = None
-    base_url: str | None = None
-    max_concurrency: int = 16
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    device: str | None = None
-    max_tokens: int = 16384
-    share_prefix: bool = True
+    journal: str | None = None
     image_root: str | None = None
     on_bad_row: Literal["raise", "skip"] = "raise"
     judge_timeout_seconds: float = 5.0
     output_json: str | None = None
 
-    def __post_init__(self):
-        if self.base_url is not None and (self.dtype is not None or self.device is not None):
-            raise ValueError("dtype and device are the server's business; leave them out where base_url is given")
+    def __post_init__(self) -> None:
+        self.check_scorer()
 
 
 def main(args: Sequence[str], prog: str) -> int:
@@ -91,6 +68,7 @@ def run(settings: ScoreSettings) -> int:
     """Score, write the pools and print a summary."""
     import time
 
+    from mm_prm.annotation.journal import Journal, JournalError
     from mm_prm.commands.files import check_output, read_table, write_json, write_rows, write_settings_beside
     from mm_prm.data import load_problems
 
@@ -108,9 +86,20 @@ def run(settings: ScoreSettings) -> int:
         raise InputError(f"{settings.pools}: there are no candidates to score")
     write_settings_beside(output, settings)
 
-    scorer = _scorer(settings)
+    journal_path = settings.journal or f"{output}.journal.sqlite"
+    problems = problems.select([places[pool["problem_id"]] for pool in pools])
     began = time.perf_counter()
-    write_rows("pool", _scored(pools, problems, places, scorer, settings.judge_timeout_seconds), output)
+    try:
+        with Journal(journal_path) as journal:
+            scores = _scores(settings, problems, [pool["candidates"] for pool in pools], journal)
+    except JournalError as error:
+        raise InputError(str(error)) from error
+    except KeyboardInterrupt:
+        print(
+            f"interrupted; what is scored is in {journal_path}, and the same command goes on after it", file=sys.stderr
+        )
+        return 130
+    write_rows("pool", _scored(pools, problems, scores, settings.judge_timeout_seconds), output)
     report = {
         "problems": len(pools),
         "candidates": sum(len(pool["candidates"]) for pool in pools),
@@ -129,21 +118,20 @@ def run(settings: ScoreSettings) -> int:
     return 0
 
 
-def _scorer(settings: ScoreSettings) -> "Scorer | ServedScorer":
-    from mm_prm.embedded import model_path
-    from mm_prm.inference import Scorer, ServedScorer
+def _scores(
+    settings: ScoreSettings, problems: "datasets.Dataset", candidates: Sequence[Any], journal: Any
+) -> list[list[list[float]]]:
+    from mm_prm.commands.progress import ProgressBar
+    from mm_prm.evaluation import score_candidates
 
-    if settings.base_url is not None:
-        with reading_input(settings.base_url):
-            return ServedScorer(settings.base_url, settings.model, max_concurrency=settings.max_concurrency)
-    with reading_input("model"):
-        return Scorer.from_pretrained(
-            model_path(settings.model or "mini-prm"),
-            dtype=settings.dtype,
-            device=settings.device,
-            max_tokens=settings.max_tokens,
-            share_prefix=settings.share_prefix,
-        )
+    def open_scorer() -> Any:
+        with reading_input(settings.base_url or "model"):
+            return settings.open_scorer()
+
+    with reading_input(settings.base_url or "model"):
+        identity = settings.scorer_identity()
+    with _reading_scores(), ProgressBar("score", len(problems)) as bar:
+        return score_candidates(problems, candidates, open_scorer, identity, journal, bar.update)
 
 
 @contextmanager
@@ -178,26 +166,13 @@ def _is_left_out(problem_id: str, places: Mapping[str, int], left_out: Mapping[s
 def _scored(
     pools: Sequence[dict[str, Any]],
     problems: "datasets.Dataset",
-    places: Mapping[str, int],
-    scorer: "Scorer | ServedScorer",
+    scores: Sequence[Sequence[Sequence[float]]],
     judge_timeout_seconds: float,
 ) -> Iterator[dict[str, Any]]:
-    from mm_prm.commands.progress import ProgressBar
     from mm_prm.inference import build_pools
     from mm_prm.judges.rules import RulesJudge
 
     judge = RulesJudge(judge_timeout_seconds)
-    with ProgressBar("score", len(pools)) as bar:
-        for start in range(0, len(pools), _PROBLEMS_AT_ONCE):
-            batch = pools[start : start + _PROBLEMS_AT_ONCE]
-            rows = [problems[places[pool["problem_id"]]] for pool in batch]
-            candidates = [pool["candidates"] for pool in batch]
-
-            def show(done: int, total: int, start: int = start, size: int = len(batch)) -> None:
-                bar.update(start + done * size // total)
-
-            with _reading_scores():
-                scores = scorer.score(rows, candidates, show)
-            for pool, judged in zip(batch, build_pools(rows, candidates, judge, scores), strict=True):
-                yield judged | pool | {"step_scores": judged["step_scores"]}
-        bar.update(len(pools))
+    for pool, problem, step_scores in zip(pools, problems.remove_columns("images"), scores, strict=True):
+        [judged] = build_pools([problem], [pool["candidates"]], judge, [step_scores])
+        yield judged | pool | {"step_scores": judged["step_scores"]}

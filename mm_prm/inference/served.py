@@ -88,7 +88,8 @@ class ServedScorer:
         self.timeout_seconds = timeout_seconds
         self._session = _session(max_concurrency, max_retries, api_key or os.environ.get("VLLM_API_KEY"))
         self._served_name, root = self._find_model()
-        self.processor = self._load_processor(root if model is None else os.fspath(model))
+        self.model = root if model is None else os.fspath(model)
+        self.processor = self._load_processor(self.model)
         self._checked: set[bool] = set()  # with images, without
 
     def score(

@@ -229,4 +229,4 @@ def test_command_line(server, tmp_path, capsys, monkeypatch):
     assert main([*args[:-1], "again.jsonl", "--base_url", server.url]) == 2
     assert "has no /pooling" in capsys.readouterr().err
     assert main([*args, "--base_url", server.url, "--dtype", "float32"]) == 2
-    assert "the server's business" in capsys.readouterr().err
+    assert "dtype: the server decides that" in capsys.readouterr().err

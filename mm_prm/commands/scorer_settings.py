@@ -1,0 +1,115 @@
+"""Which process reward model a command uses: its settings, and the scorer they stand for."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from mm_prm.inference import Scorer, ServedScorer, VLLMScorer
+
+# What each engine alone understands: a setting of another engine would be ignored in silence.
+_OF_ENGINE = {
+    "transformers": ("device", "max_tokens", "share_prefix"),
+    "vllm": ("max_model_len", "gpu_memory_utilization", "tensor_parallel_size"),
+    "server": ("base_url", "max_concurrency"),
+}
+
+
+@dataclass(kw_only=True)
+class ScorerSettings:
+    """
+    Which process reward model gives the scores.
+
+    Args:
+        model (`str`, *optional*):
+            Process reward model: a folder, a Hub repository, or mini-prm for the embedded one, which is taken if none is
+            given. With a server, where its processor lies; where the server has the model from if not given.
+        engine (`str`, *optional*):
+            What runs the model: transformers, vllm in this process, or a server that `mm-prm serve` started. If not
+            given, the server where there is a base_url, else transformers.
+        dtype (`str`, *optional*):
+            Type of the weights; that of the checkpoint if not given. A server decides that itself.
+        device (`str`, *optional*):
+            transformers: where to compute, for example cuda:0; the GPU if there is one.
+        max_tokens (`int`, *optional*, defaults to `16384`):
+            transformers: largest number of tokens of a batch, padding included.
+        share_prefix (`bool`, *optional*, defaults to `True`):
+            transformers: whether what the candidates of a problem share is computed once. Small models on fast GPUs may
+            do better without.
+        max_model_len (`int`, *optional*):
+            vllm: longest sequence in tokens; the model's own limit, but not above 16384, if not given.
+        gpu_memory_utilization (`float`, *optional*):
+            vllm: share of the GPU's memory that the engine takes.
+        tensor_parallel_size (`int`, *optional*, defaults to `1`):
+            vllm: number of GPUs over which the model is spread.
+        base_url (`str`, *optional*):
+            server: its address.
+        max_concurrency (`int`, *optional*, defaults to `16`):
+            server: most requests at once.
+    """
+
+    model: str | None = None
+    engine: Literal["transformers", "vllm", "server"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    device: str | None = None
+    max_tokens: int = 16384
+    share_prefix: bool = True
+    max_model_len: int | None = None
+    gpu_memory_utilization: float | None = None
+    tensor_parallel_size: int = 1
+    base_url: str | None = None
+    max_concurrency: int = 16
+
+    def check_scorer(self) -> None:
+        """Raises `ValueError` where settings do not go together."""
+        engine = self._engine()
+        if engine == "server" and self.base_url is None:
+            raise ValueError("base_url: is needed where engine is 'server'")
+        if engine == "server" and self.dtype is not None:
+            raise ValueError("dtype: the server decides that; leave it out")
+        defaults = ScorerSettings()
+        for owner, names in _OF_ENGINE.items():
+            for name in names:
+                if owner != engine and getattr(self, name) != getattr(defaults, name):
+                    raise ValueError(f"{name}: is a setting of engine {owner!r}, not of {engine!r}")
+
+    def open_scorer(self) -> "Scorer | VLLMScorer | ServedScorer":
+        """Opens the scorer: loads the model, or asks the server."""
+        from mm_prm.inference import Scorer, ServedScorer, VLLMScorer
+
+        if self.base_url is not None:
+            return ServedScorer(self.base_url, self.model, max_concurrency=self.max_concurrency)
+        if self._engine() == "vllm":
+            engine: dict[str, Any] = {
+                "gpu_memory_utilization": self.gpu_memory_utilization,
+                "tensor_parallel_size": self.tensor_parallel_size,
+            }
+            given = {name: value for name, value in engine.items() if value is not None}
+            try:
+                return VLLMScorer(self._path(), dtype=self.dtype, max_model_len=self.max_model_len, **given)
+            except ImportError as error:
+                raise ValueError(str(error)) from error
+        return Scorer.from_pretrained(
+            self._path(),
+            dtype=self.dtype,
+            device=self.device,
+            max_tokens=self.max_tokens,
+            share_prefix=self.share_prefix,
+        )
+
+    def scorer_identity(self) -> str:
+        """What gives the scores, for the journal's key. A server is asked which model it has, if none is given."""
+        from mm_prm.annotation.identity import describe
+        from mm_prm.inference import ServedScorer
+
+        # Two engines differ in the last digits, as two types of the weights do.
+        settings = {"engine": self._engine(), "dtype": self.dtype}
+        path = ServedScorer(self.base_url).model if self.base_url and not self.model else self._path()
+        return describe(ScorerSettings.open_scorer, path, settings)
+
+    def _engine(self) -> str:
+        return self.engine or ("transformers" if self.base_url is None else "server")
+
+    def _path(self) -> str:
+        from mm_prm.embedded import model_path
+
+        return model_path(self.model or "mini-prm")
