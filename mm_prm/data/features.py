@@ -36,6 +36,7 @@ PROBLEM_FEATURES = Features(
 )
 
 # A node holds only the steps that it adds to its parent; its prefix is the concatenation along the path from the root.
+# `judge_score` is what `mm-prm judge-steps` adds: P(the node's steps are valid) according to a language model.
 TREE_FEATURES = Features(
     {
         "problem_id": Value("string"),
@@ -48,6 +49,7 @@ TREE_FEATURES = Features(
                 "num_judged": Value("int32"),
                 "visits": Value("int32"),
                 "kind": Value("string"),
+                "judge_score": Value("float32"),
             }
         ),
         "rollouts": List(
@@ -65,6 +67,7 @@ TREE_FEATURES = Features(
             "prompt_tokens": Value("int64"),
             "generated_tokens": Value("int64"),
             "judge_calls": Value("int64"),
+            "judge_cache_hits": Value("int64"),
             "seconds": Value("float64"),
         },
         "status": Value("string"),
@@ -104,6 +107,9 @@ FEATURES: dict[RowKind, Features] = {
 
 # The only places where null is a value: a step that was not measured, a candidate whose correctness is unknown.
 _NULLABLE = {("stepwise", "labels"), ("stepwise", "num_right"), ("stepwise", "num_judged"), ("pool", "correct")}
+
+# Fields of structs that rows are complete without, because a later stage or version adds them: they may be missing, or null.
+_OPTIONAL_FIELDS = {"judge_score", "judge_cache_hits"}
 
 # The column that names a row in messages.
 _NAME_COLUMN: dict[RowKind, str] = {
@@ -211,14 +217,15 @@ _Fail = Callable[[str, Any, str], None]
 
 
 def _checked_columns(features: Mapping, row: Mapping, place: str, fail: _Fail) -> Iterable[tuple[str, Any]]:
-    """Go through the columns of a struct; a missing or an unknown one is an error."""
+    """Go through the columns of a struct that hold a value; a missing or an unknown one is an error."""
     for column in row:
         if column not in features:
             fail(f"{place}{column}", row[column], f"there is no such field; the fields are {', '.join(features)}")
+    left_out = {column for column in _OPTIONAL_FIELDS if row.get(column) is None}
     for column in features:
-        if column not in row:
+        if column not in row and column not in left_out:
             fail(f"{place}{column}", None, "the field is missing")
-    return features.items()
+    return [(column, feature) for column, feature in features.items() if column not in left_out]
 
 
 def _check_type(feature: Any, value: Any, place: str, nullable: bool, fail: _Fail) -> None:
@@ -310,7 +317,7 @@ def _check_tree(row: Mapping, fail: _Fail) -> None:
     if not isinstance(settings, dict):
         fail("settings", row["settings"], "must be a JSON object")
     for column, value in row["cost"].items():
-        if value < 0:
+        if value is not None and value < 0:
             fail(f"cost.{column}", value, "must not be negative")
     if row["status"] == "complete" and not row["nodes"]:
         fail("nodes", row["nodes"], "a complete tree has at least its root")
@@ -334,6 +341,9 @@ def _check_tree(row: Mapping, fail: _Fail) -> None:
         _check_counts(node["num_right"], node["num_judged"], f"{place}num_right", fail)
         if node["visits"] < 0:
             fail(f"{place}visits", node["visits"], "must not be negative")
+        score = node.get("judge_score")
+        if score is not None and (is_root or not 0 <= score <= 1):
+            fail(f"{place}judge_score", score, "is a probability, between 0 and 1; the root adds no step and has none")
         seen.add(node["node_id"])
     for number, rollout in enumerate(row["rollouts"]):
         place = f"rollouts[{number}]."

@@ -6,7 +6,7 @@ import datasets
 import PIL.Image
 import pytest
 
-from mm_prm.data.features import FEATURES, RowError, validate_problem, validate_row, validate_rows
+from mm_prm.data.features import FEATURES, TREE_FEATURES, RowError, validate_problem, validate_row, validate_rows
 
 
 def problem(**changes):
@@ -24,17 +24,25 @@ def problem(**changes):
 
 
 def tree(**changes):
-    def node(node_id, parent_id, steps, num_right, kind="measured"):
+    def node(node_id, parent_id, steps, num_right, kind="measured", judge_score=None):
         counts = {"num_right": num_right, "num_judged": 4, "visits": 1}
-        return {"node_id": node_id, "parent_id": parent_id, "steps": steps, **counts, "kind": kind}
+        named = {"node_id": node_id, "parent_id": parent_id, "steps": steps}
+        return {**named, **counts, "kind": kind, "judge_score": judge_score}
 
     row = {
         "problem_id": "q1",
-        "nodes": [node(0, -1, [], 2, "root"), node(1, 0, ["a", "b"], 1), node(2, 1, ["c"], 0)],
+        "nodes": [node(0, -1, [], 2, "root"), node(1, 0, ["a", "b"], 1, judge_score=0.25), node(2, 1, ["c"], 0)],
         "rollouts": [{"node_id": 1, "steps": ["c", "x = 4"], "verdict": "right", "status": "finished"}],
         "strategy": "omegaprm",
         "settings": json.dumps({"seed": 1}),
-        "cost": {"rollouts": 12, "prompt_tokens": 10, "generated_tokens": 90, "judge_calls": 12, "seconds": 0.5},
+        "cost": {
+            "rollouts": 12,
+            "prompt_tokens": 10,
+            "generated_tokens": 90,
+            "judge_calls": 12,
+            "judge_cache_hits": 2,
+            "seconds": 0.5,
+        },
         "status": "complete",
         "reason": "",
     }
@@ -131,6 +139,10 @@ def changed(build, path, value):
         ("tree", ["nodes", 2, "num_right"], 5, r"nodes\[2\].num_right"),
         ("tree", ["nodes", 2, "num_right"], True, r"nodes\[2\].num_right"),
         ("tree", ["nodes", 2, "num_right"], 1.0, r"nodes\[2\].num_right"),
+        ("tree", ["nodes", 2, "judge_score"], 1.5, r"nodes\[2\].judge_score"),
+        ("tree", ["nodes", 2, "judge_score"], float("nan"), r"nodes\[2\].judge_score"),
+        ("tree", ["nodes", 2, "judge_score"], "0.5", r"nodes\[2\].judge_score"),
+        ("tree", ["nodes", 0, "judge_score"], 0.5, r"nodes\[0\].judge_score"),
         ("tree", ["nodes", 2, "visits"], -1, r"nodes\[2\].visits"),
         ("tree", ["nodes", 2, "visits"], 2**31, r"nodes\[2\].visits"),
         ("tree", ["rollouts", 0, "node_id"], 9, r"rollouts\[0\].node_id"),
@@ -171,6 +183,26 @@ def test_label_without_a_judged_rollout():
 def test_unscored_pools_and_skipped_trees_are_valid():
     validate_row("pool", pool(step_scores=[]))
     validate_row("tree", tree(nodes=[], rollouts=[], status="skipped", reason="image missing"))
+
+
+def test_trees_of_earlier_versions_load_as_they_did(tmp_path):
+    old, unknown, before = tree(), tree(), copy.deepcopy(TREE_FEATURES)
+    for node in old["nodes"]:
+        del node["judge_score"]
+    for node in unknown["nodes"]:
+        node["judge_score"] = None
+    del old["cost"]["judge_cache_hits"], before["nodes"].feature["judge_score"], before["cost"]["judge_cache_hits"]
+    unknown["cost"]["judge_cache_hits"] = None
+    validate_row("tree", old)
+    table = datasets.Dataset.from_list([old], features=before)
+    assert validate_rows("tree", table) == 1
+    assert table.cast(TREE_FEATURES)[0] == unknown
+    table.to_json(tmp_path / "trees.jsonl")
+    cache = str(tmp_path / "cache")
+    read = datasets.Dataset.from_json(str(tmp_path / "trees.jsonl"), features=TREE_FEATURES, cache_dir=cache)
+    assert read[0] == unknown
+    table.to_parquet(tmp_path / "trees.parquet")
+    assert validate_rows("tree", datasets.Dataset.from_parquet(str(tmp_path / "trees.parquet"), cache_dir=cache)) == 1
 
 
 def test_duplicates_name_both_rows():
