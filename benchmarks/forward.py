@@ -1,5 +1,5 @@
 """
-    python benchmarks/forward.py --repeats 10
+    python benchmarks/forward.py
 
 Time and memory of a process reward model's forward pass, alone and with the backward pass under gradient checkpointing,
 on a stock Qwen2 language model with random weights. Against logits of the whole vocabulary at every position, of which
@@ -117,8 +117,8 @@ def make_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedMo
         num_key_value_heads=2,
         tie_word_embeddings=True,
         use_cache=False,
-        reward_token_ids=REWARD_TOKEN_IDS,
     )
+    config.reward_token_ids = REWARD_TOKEN_IDS
     dtype = getattr(torch, args.dtype)
     with torch.device(args.device):
         ours = AutoModelForProcessReward.from_config(config, dtype=dtype).eval()
