@@ -60,7 +60,9 @@ class AnnotationConfig:
         > Parameters that control the schedule
 
         trees_in_flight (`int`, *optional*, defaults to `64`):
-            Trees that grow at the same time and share the policy's batches. Does not change any tree.
+            Trees that grow at the same time and share the policy's batches: another begins whenever fewer than that
+            have requests at the policy. Trees that wait for the judge come on top, at most three times as many. Does
+            not change any tree.
     """
 
     strategy: Literal["omegaprm", "flat"] = field(

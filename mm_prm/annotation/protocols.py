@@ -7,10 +7,11 @@ annotation never imports them. Only plain data crosses: a problem is a mapping w
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-RolloutStatus = Literal["finished", "length", "unparsable"]
+RolloutStatus = Literal["finished", "stopped", "length", "unparsable"]
 VerdictValue = Literal["right", "wrong", "unknown"]
 Problem = Mapping[str, Any]
 
@@ -30,12 +31,15 @@ class RolloutRequest:
         seed (`int`):
             63-bit seed of the first completion; completion `i` draws from `seed + i`, which is what vLLM does on its
             own. No two completions of a tree have the same seed.
+        one_step (`bool`, *optional*, defaults to `False`):
+            Whether a completion ends with its first step, as a search that chooses among steps wants it.
     """
 
     problem_id: str
     prefix: tuple[str, ...]
     num_rollouts: int
     seed: int
+    one_step: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ class Rollout:
             The steps after the prefix, bare stripped text without empty steps. The last one states the answer if
             `status` is `"finished"`.
         status (`str`):
-            `"finished"`; `"length"` if the token limit cut it; `"unparsable"` if no steps could be read from it.
+            `"finished"`; `"stopped"` if one step was asked for and the solution goes on after it; `"length"` if the
+            token limit cut it; `"unparsable"` if no steps could be read from it.
         num_tokens (`int`):
             Number of generated tokens, counted for the cost of the tree.
         logprob (`float`, *optional*, defaults to `nan`):
@@ -87,6 +92,15 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
+class SubmittingPolicy(Policy, Protocol):
+    """A policy that takes further requests while it works on others, as engines and servers do."""
+
+    def submit(self, problem: Problem, request: RolloutRequest) -> "Future[Generation]":
+        """Takes a request and does not wait. Cancelling the future, where it is not running, cancels the request."""
+        ...
+
+
 @dataclass(frozen=True)
 class Verdict:
     """
@@ -99,16 +113,24 @@ class Verdict:
             The final answer as it was read from the solution.
         reason (`str`):
             Why, in a few words.
+        from_cache (`bool`, *optional*, defaults to `False`):
+            Whether it was known from before. Counted for the cost of the tree; two verdicts that differ in this alone
+            are equal.
     """
 
     verdict: VerdictValue
     extracted: str
     reason: str
+    from_cache: bool = field(default=False, compare=False)
 
 
 @runtime_checkable
 class Judge(Protocol):
-    """Decides whether the final answer of a solution equals the gold answer of its problem."""
+    """
+    Decides whether the final answer of a solution equals the gold answer of its problem.
+
+    Several threads ask it at once. Of equal solutions of a problem it may be asked about one.
+    """
 
     def judge(self, problem: Problem, solution: Sequence[str]) -> Verdict:
         """Judges a whole solution, given as all of its steps; the last one states the answer."""

@@ -32,15 +32,18 @@ class Cost:
         generated_tokens (`int`):
             Tokens generated.
         judge_calls (`int`):
-            Solutions shown to the judge. Rollouts without a final answer are not.
+            Solutions shown to the judge. Rollouts without a final answer are not, and equal rollouts of a request once.
+        judge_cache_hits (`int`):
+            Those of them whose verdict came out of a cache.
         seconds (`float`):
-            This tree's share of the time spent in policy and judge; a policy call is shared out by rollouts.
+            This tree's share of the time: at every moment the trees that grow share it evenly.
     """
 
     rollouts: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     judge_calls: int = 0
+    judge_cache_hits: int = 0
     seconds: float = 0.0
 
 

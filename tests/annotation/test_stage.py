@@ -50,13 +50,14 @@ def test_map_gives_the_rows_of_annotate_in_the_order_of_the_problems(problems, t
     }
     streamed = list(annotate(problems, ScriptedPolicy(p_wrong=0.2), ScriptedJudge(), CONFIG, **identities))
     streamed.sort(key=lambda row: int(row["problem_id"][1:]))
-    assert without_seconds(trees) == without_seconds(streamed)
+    assert without_seconds(trees) == without_seconds(Dataset.from_list(streamed, features=TREE_FEATURES))
 
     def never():
         raise AssertionError("the journal has all trees")
 
     shared = annotate(problems, never, never, CONFIG, journal=annotator.journal, **identities)
-    assert without_seconds(sorted(shared, key=lambda row: int(row["problem_id"][1:]))) == without_seconds(trees)
+    shared = Dataset.from_list(sorted(shared, key=lambda row: int(row["problem_id"][1:])), features=TREE_FEATURES)
+    assert without_seconds(shared) == without_seconds(trees)
 
 
 def test_map_adds_only_new_columns(problems):
