@@ -17,11 +17,11 @@ class QuickstartConfig:
             Rollouts sampled from each measured prefix.
         rollout_budget (`int`, *optional*, defaults to `80`):
             Most rollouts that one problem may cost.
-        train_steps (`int`, *optional*, defaults to `48`):
+        train_steps (`int`, *optional*, defaults to `96`):
             Optimizer steps of the live training; about a minute on two cores.
-        train_batch_size (`int`, *optional*, defaults to `64`):
-            Rows of a step.
-        learning_rate (`float`, *optional*, defaults to `1e-3`):
+        train_batch_size (`int`, *optional*, defaults to `48`):
+            Rows of a step, of about a dozen trees.
+        learning_rate (`float`, *optional*, defaults to `6e-4`):
             Highest learning rate of the live training.
         num_eval_problems (`int`, *optional*, defaults to `100`):
             Held-out problems that the verifiers are measured on.
@@ -35,9 +35,9 @@ class QuickstartConfig:
     num_problems: int = 40
     num_rollouts: int = 8
     rollout_budget: int = 80
-    train_steps: int = 48
-    train_batch_size: int = 64
-    learning_rate: float = 1e-3
+    train_steps: int = 96
+    train_batch_size: int = 48
+    learning_rate: float = 6e-4
     num_eval_problems: int = 100
     num_candidates: int = 16
     seed: int = 0

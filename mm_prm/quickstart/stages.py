@@ -45,9 +45,6 @@ POLICY_SETTINGS: dict[str, Any] = {
 # Batches that stay in a processor's caches are the fastest on it.
 _POLICY_BATCH_SIZE = 128
 _PROBLEMS_PER_CALL = 25
-_ROWS_PER_FORWARD = 16
-# One solution that ends right and one that ends wrong: in a minute, many problems teach more than many solutions of few.
-_ROWS_PER_TREE = 2
 
 
 class Stages:
@@ -116,8 +113,7 @@ class Stages:
     def make_rows(self, trees: Sequence[Row]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Turn the live and the shipped trees into rows, with each problem's question and pictures."""
         shipped = pyarrow.parquet.read_table(embedded_path("mini_trees.parquet")).to_pylist()
-        config = RowConfig(max_rows_per_tree=_ROWS_PER_TREE, seed=self.config.seed)
-        rows, report = trees_to_rows([*trees, *shipped], config)
+        rows, report = trees_to_rows([*trees, *shipped], RowConfig(seed=self.config.seed))
         problems = {row["problem_id"]: mini.problem_from_id(row["problem_id"]).row() for row in rows}
         for row in rows:
             problem = problems[row["problem_id"]]
@@ -143,8 +139,9 @@ class Stages:
         folder = self.folder / "prm_after"
         settings: dict[str, Any] = {
             "max_steps": config.train_steps,
-            "per_device_train_batch_size": min(_ROWS_PER_FORWARD, config.train_batch_size),
-            "gradient_accumulation_steps": max(1, config.train_batch_size // _ROWS_PER_FORWARD),
+            "per_device_train_batch_size": config.train_batch_size,
+            "packing": "tree",
+            "label_mode": "hard",
             "learning_rate": config.learning_rate,
             "lr_scheduler_type": "cosine",
             "warmup_steps": max(1, config.train_steps // 10),
