@@ -22,6 +22,7 @@ COMMANDS = {
     "serve": "serve a process reward model with vLLM",
     "best-of-n": "measure how often the best-scored candidate is right",
     "evaluate": "measure a policy and a process reward model on a benchmark",
+    "report": "write a page that shows results to a person",
     "push": "push a model, data, a metric or a Space to the Hub",
     "quickstart": "run the whole path on the embedded mini world, with a report",
     "convert": "make a checkpoint in a foreign layout one that transformers loads without remote code",

@@ -203,6 +203,8 @@ def _measure_steps(
     settings: EvaluateSettings, loaded: "LoadedBenchmark", journal: "Journal", output: Path
 ) -> dict[str, Any]:
     """Wrong steps found, on solutions whose steps are labelled."""
+    import datasets
+
     from mm_prm.metrics.step_errors.step_errors import StepErrors
 
     by_problem: dict[str, list[dict[str, Any]]] = {problem_id: [] for problem_id in loaded.problems["id"]}
@@ -220,6 +222,7 @@ def _measure_steps(
     if settings.calibrate_on is not None and not (validation and measured):
         subsets = ", ".join(sorted({row["subset"] for row in rows}))
         raise InputError(f"calibrate_on = {settings.calibrate_on!r}: give one of several subsets; there are {subsets}")
+    datasets.Dataset.from_list(measured).to_parquet(str(output / "solutions.parquet"))
     kind = "first_error" if "first_error" in rows[0] else "step_labels"
 
     def columns(chosen: list[dict[str, Any]], *names: str) -> dict[str, list[Any]]:

@@ -83,23 +83,25 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
         console.print(display.aggregator_table(by_verifier, f"Best-of-{config.num_candidates} by"))
         console.print(display.aggregator_table(results["weighted_majority_by_verifier"], "weighted majority by"))
     with stage("report", "Write the report"):
-        from mm_prm.report import plot_curve, render_report
+        from mm_prm.report import render_report
 
-        plot_curve(metric, folder / "curve.png", AGGREGATOR)
-        shown = [] if tree is None else [tree]
+        # The tree of the terminal comes first
+        ordered = sorted(trees, key=lambda each: each is not tree)
         page = render_report(
             metric,
-            [*problems, *(mini.problem_from_id(each["problem_id"]).row() for each in shown)],
+            [*problems, *(mini.problem_from_id(each["problem_id"]).row() for each in ordered)],
             [
                 {**pool, "step_scores": pool_scores}
                 for pool, pool_scores in zip(pools, scores["prm_shipped"], strict=True)
             ],
-            shown,
+            ordered,
             verifier="prm_shipped",
             aggregator=AGGREGATOR,
             baselines={"greedy": results["greedy"]},
             facts=_facts(config, trees, row_report, seconds),
             title="mm-prm quickstart: Best-of-N in the mini world",
+            max_trees=1,
+            plot_folder=folder,
         )
         (folder / "report.html").write_text(page, encoding="utf-8")
     results |= {

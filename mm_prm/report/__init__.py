@@ -1,6 +1,5 @@
-"""What a person looks at: one HTML page, the curve as a picture, and the lines of the table."""
+"""What a person looks at: one HTML page, its plots as pictures, and the lines of the tables."""
 
-from .plots import plot_curve
 from .render import render_report
 from .summary import SummaryRow, curve_lines, format_difference, format_estimate, summary_rows
 
@@ -9,7 +8,6 @@ __all__ = [
     "curve_lines",
     "format_difference",
     "format_estimate",
-    "plot_curve",
     "render_report",
     "summary_rows",
 ]

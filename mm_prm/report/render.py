@@ -1,64 +1,74 @@
-"""One self-contained HTML page: the table, the curve, problems with scored candidates, and a search tree to unfold.
+"""One self-contained HTML page: numbers and plots, problems with scored candidates, and search trees to unfold.
 
 Whatever a model wrote is escaped by the template, which runs with autoescape on; the page holds no script, loads
 nothing, and forbids both by its own content policy.
 """
 
-import base64
-import io
-import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import datasets
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
-from mm_prm.data.text import split_image_markers
-from mm_prm.inference.aggregators import AGGREGATORS
-from mm_prm.inference.best_of_n import select
+from .annotation import annotation_cost
+from .formulas import to_html
+from .plots import draw_annotation, draw_curve, draw_distributions, draw_reliability, plot_svg, save_plot
+from .steps import collect_evidence, prefix_values, reliability_rows, step_labels
+from .summary import (
+    Results,
+    SummaryRow,
+    format_difference,
+    format_estimate,
+    format_share,
+    step_error_rows,
+    summary_rows,
+)
+from .views import Row, pool_view, problem_view, solution_view, tree_view
 
-from .plots import curve_svg
-from .summary import Results, SummaryRow, format_difference, format_estimate, summary_rows
-
-# Larger pictures are shrunk: the page shows them at most this wide, on a screen of twice the density.
-_MAX_PICTURE_SIDE = 720
-# Levels of a tree that are unfolded from the start
-_OPEN_LEVELS = 4
-
-Row = Mapping[str, Any]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def render_report(
     results: Results,
     problems: Iterable[Row],
-    pools: Sequence[Row],
+    pools: Sequence[Row] = (),
     trees: Sequence[Row] = (),
     *,
-    verifier: str,
+    solutions: Sequence[Row] = (),
+    step_results: Mapping[str, Any] | None = None,
+    verifier: str = "",
     aggregator: str = "min",
     baselines: Mapping[str, Mapping[str, float]] | None = None,
     facts: Mapping[str, str] | None = None,
     title: str = "Best-of-N with a process reward model",
     max_problems: int = 6,
+    max_trees: int = 3,
+    plot_folder: str | Path | None = None,
 ) -> str:
     """
-    Render the report of a Best-of-N run.
+    Render the report of a run. Sections for which there is nothing are left out.
 
     Args:
         results (`Mapping[str, Mapping]`):
             What the `best_of_n` metric returned, by the name of the process reward model, all on the same candidates.
+            May be empty.
         problems (`Iterable[Mapping[str, Any]]`):
-            Problem rows of the pools and trees; others are ignored.
-        pools (`Sequence[Mapping[str, Any]]`):
+            Problem rows of what is shown; others are ignored.
+        pools (`Sequence[Mapping[str, Any]]`, *optional*, defaults to `()`):
             Candidate pools with the step scores of `verifier`. Shown are the first whose candidates are not all right
             or all wrong.
         trees (`Sequence[Mapping[str, Any]]`, *optional*, defaults to `()`):
-            Annotated trees to show.
-        verifier (`str`):
-            Name of the model whose scores the pools hold.
+            Annotated trees. All count for the cost and lend their mc_values to candidates; the first complete ones are
+            shown.
+        solutions (`Sequence[Mapping[str, Any]]`, *optional*, defaults to `()`):
+            Solutions with `problem_id, steps, step_scores` and `first_error` or `step_labels`.
+        step_results (`Mapping[str, Any]`, *optional*):
+            What the `step_errors` metric returned for these solutions.
+        verifier (`str`, *optional*, defaults to `""`):
+            Name of the model whose scores pools and solutions hold.
         aggregator (`str`, *optional*, defaults to `"min"`):
             Aggregator for the curve and for choosing among candidates.
         baselines (`Mapping[str, Mapping[str, float]]`, *optional*):
@@ -68,20 +78,78 @@ def render_report(
         title (`str`, *optional*, defaults to `"Best-of-N with a process reward model"`):
             Title of the page.
         max_problems (`int`, *optional*, defaults to `6`):
-            Largest number of problems to show.
+            Largest number of problems to show with candidates, and of labelled solutions.
+        max_trees (`int`, *optional*, defaults to `3`):
+            Largest number of trees to show.
+        plot_folder (`str` or `Path`, *optional*):
+            Folder to which the plots go as PNG files, too: curve, reliability, scores, annotation.
 
     Returns:
         `str`: The page.
     """
     mixed = [pool for pool in pools if pool["step_scores"] and len(set(map(bool, pool["correct"]))) == 2]
-    shown_pools = mixed[:max_problems]
-    wanted = {row["problem_id"] for row in (*shown_pools, *trees)}
-    by_id = {problem["id"]: problem for problem in problems if problem["id"] in wanted}
-    missing = wanted - set(by_id)
-    if missing:
+    with_errors = [solution for solution in solutions if solution["step_scores"] and -1 in step_labels(solution)]
+    shown_pools, shown_solutions = mixed[:max_problems], with_errors[:max_problems]
+    of_pools = {pool["problem_id"] for pool in pools}
+    values, shown_trees = {}, []
+    for tree in trees:
+        if tree["problem_id"] in of_pools:
+            values[tree["problem_id"]] = prefix_values(tree)
+        if len(shown_trees) < max_trees and tree["status"] == "complete":
+            shown_trees.append(tree)
+    by_id = _find(problems, {row["problem_id"] for row in (*shown_pools, *shown_solutions, *shown_trees)})
+
+    evidence = collect_evidence(pools, values, solutions)
+    cost = annotation_cost(trees)
+    figures: dict[str, Figure] = {}
+    if results:
+        figures["curve"] = draw_curve(results, aggregator)
+    if evidence:
+        figures |= {"reliability": draw_reliability(evidence), "scores": draw_distributions(evidence[0])}
+    if cost.mc_values:
+        figures["annotation"] = draw_annotation(cost)
+    if plot_folder is not None:
+        for name, figure in figures.items():
+            save_plot(figure, Path(plot_folder) / f"{name}.png")
+
+    def view(row: Row) -> dict[str, Any]:
+        return problem_view(by_id[row["problem_id"]])
+
+    rows = summary_rows(results, baselines) if results else []
+    return _template().render(
+        title=title,
+        facts=facts or {},
+        first=next(iter(results.values())) if results else None,
+        groups=_group_by_verifier(row for row in rows if row.aggregator in ("", aggregator)),
+        all_groups=_group_by_verifier(row for row in rows if row.verifier),
+        step_results=step_results,
+        step_rows=step_error_rows(step_results) if step_results else [],
+        plots={name: Markup(plot_svg(figure, name)) for name, figure in figures.items()},
+        evidence=evidence,
+        reliability=reliability_rows(evidence),
+        cost=cost if sum(cost.trees.values()) else None,
+        aggregator=aggregator,
+        verifier=verifier,
+        num_mixed=len(mixed),
+        num_with_errors=len(with_errors),
+        problems=[
+            view(pool) | pool_view(pool, aggregator, values.get(pool["problem_id"], {})) for pool in shown_pools
+        ],
+        solutions=[view(solution) | solution_view(solution) for solution in shown_solutions],
+        trees=[view(tree) | {"tree": tree_view(tree)} for tree in shown_trees],
+    )
+
+
+def _find(problems: Iterable[Row], wanted: set[str]) -> dict[str, Row]:
+    if isinstance(problems, datasets.Dataset):  # without decoding the pictures of all others
+        problems = problems.select([place for place, name in enumerate(problems["id"]) if name in wanted])
+    found = {problem["id"]: problem for problem in problems if problem["id"] in wanted}
+    if missing := wanted - set(found):
         raise ValueError(f"problem {min(missing)!r} of a pool or tree is not among the problems; give its row too")
-    first = next(iter(results.values()))
-    rows = summary_rows(results, baselines)
+    return found
+
+
+def _template() -> Any:
     environment = Environment(
         loader=PackageLoader("mm_prm.report", "."),
         autoescape=True,
@@ -89,21 +157,13 @@ def render_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"estimate": format_estimate, "difference": format_difference}
-    return environment.get_template("report.html.jinja").render(
-        title=title,
-        facts=facts or {},
-        groups=_group_by_verifier(row for row in rows if row.aggregator in ("", aggregator)),
-        all_groups=_group_by_verifier(row for row in rows if row.verifier),
-        curve=Markup(curve_svg(results, aggregator)),
-        aggregator=aggregator,
-        verifier=verifier,
-        num_problems=first["num_problems"],
-        num_candidates=first["num_candidates"],
-        num_mixed=len(mixed),
-        problems=[_problem_view(by_id[pool["problem_id"]]) | _pool_view(pool, aggregator) for pool in shown_pools],
-        trees=[_problem_view(by_id[tree["problem_id"]]) | {"tree": _tree_view(tree)} for tree in trees],
-    )
+    environment.filters |= {
+        "estimate": format_estimate,
+        "difference": format_difference,
+        "share": format_share,
+        "formulas": to_html,
+    }
+    return environment.get_template("report.html.jinja")
 
 
 def _group_by_verifier(rows: Iterable[SummaryRow]) -> dict[str, list[SummaryRow]]:
@@ -111,91 +171,3 @@ def _group_by_verifier(rows: Iterable[SummaryRow]) -> dict[str, list[SummaryRow]
     for row in rows:
         groups.setdefault(row.verifier, []).append(row)
     return groups
-
-
-def _problem_view(problem: Row) -> dict[str, Any]:
-    pictures = iter([_data_url(image) for image in problem["images"]])
-    parts = split_image_markers(problem["question"], len(problem["images"]))
-    return {
-        "id": problem["id"],
-        "parts": [(part, None) if part is not None else ("", next(pictures)) for part in parts],
-        "answer": problem["answer"],
-        "choices": problem["choices"],
-    }
-
-
-def _data_url(image: Any) -> str:
-    picture = image if isinstance(image, Image.Image) else datasets.Image().decode_example(image)
-    picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-    picture.thumbnail((_MAX_PICTURE_SIDE, _MAX_PICTURE_SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _pool_view(pool: Row, aggregator: str) -> dict[str, Any]:
-    """Distinct candidates, the chosen one first, then by score."""
-    chosen = select(pool["candidates"], pool["step_scores"], aggregator)
-    counts = Counter(tuple(steps) for steps in pool["candidates"])
-    views: dict[tuple[str, ...], dict[str, Any]] = {}
-    for index, (steps, scores) in enumerate(zip(pool["candidates"], pool["step_scores"], strict=True)):
-        # A copy of the chosen candidate's text *is* the chosen solution.
-        score = AGGREGATORS[aggregator](scores)
-        views.setdefault(
-            tuple(steps),
-            {
-                "steps": list(zip(steps, scores, strict=True)) if scores else [(step, None) for step in steps],
-                "score": score if math.isfinite(score) else None,
-                "count": counts[tuple(steps)],
-                "verdict": {True: "right", False: "wrong", None: "unknown"}[pool["correct"][index]],
-                "answer": pool["answers"][index],
-                "chosen": tuple(steps) == tuple(pool["candidates"][chosen.index]),
-                "order": score,
-            },
-        )
-    candidates = sorted(views.values(), key=lambda view: (view["chosen"], view["order"]), reverse=True)
-    return {
-        "candidates": candidates,
-        "num_candidates": len(pool["candidates"]),
-        "num_right": sum(map(bool, pool["correct"])),
-        "num_tied": chosen.num_tied,
-    }
-
-
-def _tree_view(tree: Row) -> dict[str, Any]:
-    """The tree as a walk: each node once when it opens, and once (`None`) when it closes, so that no depth is too much."""
-    nodes = {node["node_id"]: node for node in tree["nodes"]}
-    children: dict[int, list[int]] = {node_id: [] for node_id in (-1, *nodes)}
-    for node in tree["nodes"]:
-        children[node["parent_id"]].append(node["node_id"])
-    rollouts: dict[int, list[Row]] = {node_id: [] for node_id in nodes}
-    for rollout in tree["rollouts"]:
-        rollouts[rollout["node_id"]].append(rollout)
-
-    walk: list[dict[str, Any] | None] = []
-    stack: list[tuple[int | None, int]] = [(node_id, 0) for node_id in reversed(children[-1])]
-    while stack:
-        node_id, depth = stack.pop()
-        if node_id is None:
-            walk.append(None)
-            continue
-        node = nodes[node_id]
-        walk.append(
-            {
-                **node,
-                "mc_value": node["num_right"] / node["num_judged"] if node["num_judged"] else None,
-                "rollouts": rollouts[node_id],
-                "open": depth < _OPEN_LEVELS,
-                "branch": len(children[node["parent_id"]]) > 1,
-            }
-        )
-        stack.append((None, depth))
-        stack += [(child, depth + 1) for child in reversed(children[node_id])]
-    return {
-        "walk": walk,
-        "strategy": tree["strategy"],
-        "num_nodes": len(nodes),
-        "num_rollouts": tree["cost"]["rollouts"],
-        "status": tree["status"],
-        "reason": tree["reason"],
-    }

@@ -122,3 +122,28 @@ def format_difference(difference: Mapping[str, float] | None) -> str:
         return ""
     value, low, high = (100 * difference[key] for key in ("value", "low", "high"))
     return f"{value:+.1f} [{low:+.1f}, {high:+.1f}], p = {difference['p_value']:.3f}"
+
+
+def format_share(figure: Mapping[str, float] | None) -> str:
+    """Like [`format_estimate`], and a dash where a figure is not defined."""
+    return "–" if figure is None else format_estimate(figure)
+
+
+def step_error_rows(results: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """
+    For each threshold the figures over all by each convention, then those of each subset.
+
+    Args:
+        results (`Mapping[str, Any]`):
+            What the `step_errors` metric returned.
+
+    Returns:
+        `list[tuple[str, str, Mapping]]`: Threshold, part, and figures by name.
+    """
+    rows = []
+    for name, at in results["thresholds"].items():
+        threshold = name if name == "0.5" else f"{name} ({at['threshold']:.3f})"
+        overall = ("mean_of_subsets", "pooled", "weighted_mean_of_subsets")
+        parts = {part.replace("_", " "): at[part] for part in overall} | at["subsets"]
+        rows += [(threshold, part, figures) for part, figures in parts.items()]
+    return rows

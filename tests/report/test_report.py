@@ -1,4 +1,4 @@
-"""The page is self-contained, shows what models wrote as text, and is well formed; the curve is drawn."""
+"""The page is self-contained, shows what models wrote as text, and is well formed; the plots are drawn."""
 
 import re
 from html.parser import HTMLParser
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mm_prm.data.features import validate_rows
-from mm_prm.report import curve_lines, format_difference, format_estimate, plot_curve, render_report, summary_rows
+from mm_prm.report import curve_lines, format_difference, format_estimate, render_report, summary_rows
 
 from ..testing_utils import tiny_problem
 
@@ -184,9 +184,10 @@ def test_a_deep_tree_is_no_trouble(results, problems):
 
 def test_table_and_curve_have_every_method(html, results):
     page = Page(html)
-    # head, 5 baselines, 2 methods of 2 models, 3 headings; unfolded: head, 13 methods of 2 models, 2 headings
-    assert page.count("tr") == 1 + 5 + 4 + 3 + 1 + 26 + 2
-    assert page.count("svg") == 1 and "currentColor" in html and "#010203" not in html
+    # head, 5 baselines, 2 methods of 2 models, 3 headings; unfolded: head, 13 methods of 2 models, 2 headings;
+    # then head and one kind of evidence, head and 5 costs
+    assert page.count("tr") == 1 + 5 + 4 + 3 + 1 + 26 + 2 + 2 + 6
+    assert page.count("svg") == 4 and "currentColor" in html and "#010203" not in html
     for name in ("oracle", "majority vote", "mean pass@1", "prm_before (min)"):
         assert name in page.text
     assert "40.0 % [30.0, 50.0]" in page.text
@@ -209,12 +210,59 @@ def test_curve_lines(results):
     assert [estimate["value"] for _, estimate in lines["mean pass@1"]] == pytest.approx([0.4] * 4)
 
 
-def test_plot_is_a_picture_that_depends_on_the_numbers(results, tmp_path):
-    first = plot_curve(results, tmp_path / "curve.png", "min")
-    other = plot_curve(results, tmp_path / "other.png", "last")
-    with Image.open(first) as a, Image.open(other) as b:
-        assert a.size == b.size and a.width > 800
-        assert a.tobytes() != b.tobytes()
+def test_ids_of_the_plots_are_unique_and_found(html):
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    referred = set(re.findall(r'(?:xlink:href="|url\()#([^")]+)', html))
+    assert referred and referred <= set(ids)
+
+
+def test_plots_are_pictures_that_depend_on_the_numbers(results, problems, tmp_path):
+    pictures = {}
+    for aggregator in ("min", "last"):
+        folder = tmp_path / aggregator
+        folder.mkdir()
+        arguments = {"verifier": "prm_before", "aggregator": aggregator, "plot_folder": folder}
+        render_report(results, problems, pool_rows(), [tree_row("problem-9")], **arguments)
+        assert {path.name for path in folder.iterdir()} == {
+            "curve.png",
+            "reliability.png",
+            "scores.png",
+            "annotation.png",
+        }
+        for path in folder.iterdir():
+            with Image.open(path) as picture:
+                assert picture.width > 800
+                pictures[aggregator, path.stem] = picture.tobytes()
+    assert pictures["min", "curve"] != pictures["last", "curve"]
+    assert pictures["min", "reliability"] == pictures["last", "reliability"]
+
+
+def test_candidates_carry_the_values_of_the_tree(results, problems):
+    tree = tree_row("problem-0")
+    tree["nodes"][1] |= {"steps": ["Bar A shows 7."], "num_right": 12}
+    tree["nodes"][2]["steps"] = ["The answer is 4."]
+    text = Page(render_report(results, problems, pool_rows(1), [tree], verifier="prm_before")).text
+    assert text.count("mc 0.75") == text.count("mc 0.25") == 1 and text.count("of 16") >= 2
+    assert "mc_value of the same prefix" in text
+
+
+def test_labelled_solutions_without_pools(problems):
+    scores = [[0.9, 0.8, 0.3], [0.9], []]
+    solutions = [
+        {"problem_id": "problem-1", "steps": ["a", HOSTILE, "$x^2$"], "step_scores": scores[0], "first_error": 1},
+        {"problem_id": "problem-0", "steps": ["right"], "step_scores": scores[1], "first_error": -1},
+        {"problem_id": "problem-0", "steps": ["unscored"], "step_scores": scores[2], "first_error": 0},
+    ]
+    step_results = evaluate.load("mm_prm/metrics/step_errors/step_errors.py").compute(
+        step_scores=scores, first_error=[1, -1, 0], num_resamples=10
+    )
+    html = render_report({}, problems, solutions=solutions, step_results=step_results, verifier="prm")
+    page = Page(html)
+    assert page.count("article") == 1 and page.count("svg") == 2 and page.count("math") == 1
+    for shown in ("Wrong steps found", "✗ wrong", "labels of the steps", "oracle (", "mean of subsets", HOSTILE):
+        assert shown in page.text
+    assert "Accuracy" not in page.text and "Annotation" not in page.text
 
 
 def test_unscored_pools_and_missing_problems(results, problems):
