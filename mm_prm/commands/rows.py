@@ -84,5 +84,10 @@ def print_counts(counts: Mapping[str, Any], output: str) -> None:
         f"{counts['solutions']} solutions: {counts['rows']} rows ({counts['rows_right']} end right, "
         f"{counts['rows_wrong']} wrong), {counts['duplicates']} contained in them, {counts['left_out']} left out"
     )
+    if "labels_dropped" in counts:
+        dropped = counts["labels_dropped"]
+        print(f"labels dropped: judge of steps disagrees {dropped['disagree']}, unknown {dropped['unknown']}")
+    if "rows_before_selection" in counts:
+        print(f"the most informative {counts['rows']} of {counts['rows_before_selection']} rows are kept")
     print(f"{counts['labels']} labels, {counts['distinct_labels']} distinct")
     print(f"rows: {output}")

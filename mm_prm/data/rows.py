@@ -10,6 +10,7 @@ chosen before has brought. A solution that brings none is left out: its text and
 """
 
 import hashlib
+import itertools
 import os
 import random
 from collections import Counter
@@ -21,9 +22,8 @@ from typing import Any, Literal
 import datasets
 
 from .features import STEPWISE_FEATURES, RowError, validate_row
+from .selection import Steps, best_share, information_score, path_scores, without_consensus
 from .text import question_text
-
-Steps = tuple[str, ...]
 
 
 @dataclass
@@ -54,6 +54,16 @@ class RowConfig:
             sampled from, `"measured"` for those alone that were sampled from it. Given a prefix, a rollout that came
             through it is a sample like one that began at it. OmegaPRM measures prefixes of wrong rollouts only, so that
             with `"measured"` the late steps of right solutions have no label, and late steps look wrong as such.
+        keep (`str`, *optional*, defaults to `"all"`):
+            Which labels are kept: `"all"`, or by `"consensus"` those on which Monte Carlo (above `right_threshold`) and
+            the judge of `mm-prm judge-steps` (above `judge_threshold`, at every node up to the step) agree. A step that
+            the judge was not asked about, or could not tell, then has no label. The verdict on a final answer stays.
+        judge_threshold (`float`, *optional*, defaults to `0.5`):
+            For the judge of steps, steps with a higher score are right.
+        keep_share (`float`, *optional*, defaults to `1.0`):
+            Share of all rows to keep: the most informative ones, by [p (1 - p) + 0.05] R with p the share of steps
+            labelled right and R their mean label (arXiv 2602.04145, where a tenth is as good as all). A tree's rows then
+            depend on the other trees, and the balance of right and wrong rows is not kept.
         seed (`int`, *optional*, defaults to `0`):
             Seed of all choices. The rows of a tree depend on the seed and on this tree alone.
     """
@@ -65,6 +75,9 @@ class RowConfig:
     include_rollouts: Literal["none", "balanced"] = "balanced"
     rollouts_per_node: int = 2
     step_values: Literal["pooled", "measured"] = "pooled"
+    keep: Literal["all", "consensus"] = "all"
+    judge_threshold: float = 0.5
+    keep_share: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,6 +87,12 @@ class RowConfig:
             raise ValueError(f"rollouts_per_node = {self.rollouts_per_node}: give a number above 0")
         if not 0 <= self.right_threshold < 1:
             raise ValueError(f"right_threshold = {self.right_threshold}: give a number from 0 up to, not including, 1")
+        if self.keep not in ("all", "consensus"):
+            raise ValueError(f"keep = {self.keep!r}: use 'all' or 'consensus'")
+        if not 0 <= self.judge_threshold < 1:
+            raise ValueError(f"judge_threshold = {self.judge_threshold}: give a number from 0 up to, not including, 1")
+        if not 0 < self.keep_share <= 1:
+            raise ValueError(f"keep_share = {self.keep_share}: give a number above 0 and up to 1")
         if self.include_rollouts not in ("none", "balanced"):
             raise ValueError(f"include_rollouts = {self.include_rollouts!r}: use 'none' or 'balanced'")
         if self.step_values not in ("pooled", "measured"):
@@ -82,10 +101,11 @@ class RowConfig:
 
 @dataclass
 class _Values:
-    """What a tree knows of every sequence of steps in it: the counts (num_right, num_judged), and the node."""
+    """What a tree knows of every sequence of steps in it: the counts (num_right, num_judged), the node, and the verdict."""
 
     counts: dict[Steps, tuple[int, int]] = field(default_factory=dict)
     nodes: dict[Steps, int] = field(default_factory=dict)
+    certain: dict[Steps, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -117,16 +137,19 @@ def trees_to_rows(
         `tuple[list[dict[str, Any]], dict[str, Any]]`: The rows, and the counts: `trees`, `trees_kept`, `trees_dropped`
         by reason, `solutions` found, `duplicates` (contained in the rows already), `left_out` (over the limit or the
         balance), `rows`, of which `rows_right` and `rows_wrong`, `labels`, and of these `distinct_labels` (a step that
-        several rows share counts once).
+        several rows share counts once). With `keep="consensus"`, `labels_dropped`: labels where the judge of steps
+        disagrees, and where its opinion is unknown. With a `keep_share`, `rows_before_selection`.
     """
     config = config or RowConfig()
     questions = _questions(problems) if problems is not None else None
-    rows: list[dict[str, Any]] = []
+    made: list[tuple[dict[str, Any], _Candidate, int]] = []  # each row, and the number of its tree
     counts: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     seen: set[str] = set()
+    is_judged = False
     for number, tree in enumerate(trees):
         validate_row("tree", tree, number)
+        is_judged = is_judged or any(node.get("judge_score") is not None for node in tree["nodes"])
         problem_id = tree["problem_id"]
         if problem_id in seen:
             raise RowError(
@@ -138,21 +161,35 @@ def trees_to_rows(
         chosen, values, reason = _choose(tree, config, counts)
         if reason:
             dropped[reason] += 1
-        for candidate in chosen:
-            prompt = questions[problem_id] if questions is not None else ""
-            rows.append(_row(problem_id, prompt, candidate.solution, values))
-            counts["rows_right" if candidate.ends_right else "rows_wrong"] += 1
-            counts["labels"] += len(candidate.labels)
-        counts["distinct_labels"] += len(set().union(*(candidate.labels for candidate in chosen)))
+        prompt = questions[problem_id] if questions is not None else ""
+        made += [(_row(problem_id, prompt, candidate.solution, values), candidate, number) for candidate in chosen]
+    if config.keep == "consensus" and not is_judged:
+        raise ValueError(
+            "keep = 'consensus': no node of the trees has a judge_score; run `mm-prm judge-steps` on them"
+        )
+    extra: dict[str, Any] = {}
+    if config.keep == "consensus":
+        extra["labels_dropped"] = {reason: counts[reason] for reason in ("disagree", "unknown")}
+    if config.keep_share < 1:
+        extra["rows_before_selection"] = len(made)
+        scores = [information_score(row["labels"], config.right_threshold) for row, _, _ in made]
+        made = [made[place] for place in best_share(scores, config.keep_share)]
+    for _, of_tree in itertools.groupby(made, key=lambda entry: entry[2]):
+        kept = [candidate for _, candidate, _ in of_tree]
+        counts["rows_right"] += sum(candidate.ends_right for candidate in kept)
+        counts["rows_wrong"] += sum(not candidate.ends_right for candidate in kept)
+        counts["labels"] += sum(len(candidate.labels) for candidate in kept)
+        counts["distinct_labels"] += len(set().union(*(candidate.labels for candidate in kept)))
     names = ("solutions", "duplicates", "left_out", "rows_right", "rows_wrong", "labels", "distinct_labels")
     report = {
         "trees": len(seen),
         "trees_kept": len(seen) - dropped.total(),
         "trees_dropped": dict(sorted(dropped.items())),
-        "rows": len(rows),
+        "rows": len(made),
         **{name: counts[name] for name in names},
+        **extra,
     }
-    return rows, report
+    return [row for row, _, _ in made], report
 
 
 def _choose(tree: Mapping[str, Any], config: RowConfig, counts: Counter[str]) -> tuple[list[_Candidate], _Values, str]:
@@ -165,7 +202,16 @@ def _choose(tree: Mapping[str, Any], config: RowConfig, counts: Counter[str]) ->
         return [], values, "unanimous"
 
     rng = random.Random(f"{config.seed} {tree['problem_id']}")
-    candidates = _candidates(_solutions(tree, config, values, rng), values, config.right_threshold)
+    solutions = _solutions(tree, config, values, rng)
+    if config.keep == "consensus":
+        by_node = path_scores(tree["nodes"], config.judge_threshold)
+        judged = {prefix: by_node.get(node_id) for prefix, node_id in values.nodes.items()}
+        dropped = without_consensus(
+            values.counts, judged, values.certain, config.right_threshold, config.judge_threshold
+        )
+        counts.update(dropped.values())
+        values.counts = {prefix: pair for prefix, pair in values.counts.items() if prefix not in dropped}
+    candidates = _candidates(solutions, values, config.right_threshold)
     rng.shuffle(candidates)
     counts["solutions"] += len(candidates)
     if not candidates:
@@ -243,6 +289,7 @@ def _solutions(tree: Mapping[str, Any], config: RowConfig, values: _Values, rng:
             certain.setdefault(solution, (int(rollout["verdict"] == "right"), 1))
             finished.setdefault((rollout["node_id"], rollout["verdict"]), {})[solution] = None
     # What was judged is certain, even where the policy, sent on from a finished answer, talked itself out of it.
+    values.certain = certain
     values.counts |= certain
     for alike in finished.values():
         sample = list(alike)
