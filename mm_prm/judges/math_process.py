@@ -16,7 +16,7 @@ import tempfile
 import threading
 import weakref
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 logger = logging.getLogger(__name__)
 
@@ -61,22 +61,29 @@ class MathProcess:
             `str`: `"equal"` or `"different"`; `"gold"` or `"answer"` if that one cannot be read; `"timeout"`; `"error"`.
         """
         with self._lock:
-            process = self._running()
-            assert process.stdin is not None
-            try:
-                process.stdin.write(json.dumps([gold, answer]) + "\n")
-                process.stdin.flush()
-                reply = self._replies.get(timeout=self.timeout_seconds)
-            except queue.Empty:
-                self._stop()
-                return "timeout"
-            except OSError:
-                reply = ""
-            if not reply:  # the process ended: out of memory, or its stack
-                self._stop()
-                return "error"
-        outcome = json.loads(reply)
-        return "error" if outcome.startswith("error") else outcome
+            # A process that ended may have been killed by another hand, so the answer gets another one.
+            reply = self._ask(gold, answer) or self._ask(gold, answer)
+        if reply is None:
+            return "error"
+        return "error" if reply.startswith("error") else cast(MathOutcome, reply)
+
+    def _ask(self, gold: str, answer: str) -> str | None:
+        """What the process says, or nothing if it ended: killed, out of memory, or out of its stack."""
+        process = self._running()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps([gold, answer]) + "\n")
+            process.stdin.flush()
+            reply = self._replies.get(timeout=self.timeout_seconds)
+        except queue.Empty:
+            self._stop()
+            return "timeout"
+        except OSError:
+            reply = ""
+        if not reply:
+            self._stop()
+            return None
+        return json.loads(reply)
 
     def _running(self) -> subprocess.Popen[str]:
         # A forked process must not share its parent's pipes.

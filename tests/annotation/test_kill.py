@@ -1,69 +1,147 @@
 """`kill -9` at random moments: nothing finished is lost, nothing is there twice, and the end is the same."""
 
+import contextlib
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from mm_prm.annotation import Journal, annotate
-from tests.annotation.killed_run import CONFIG, IDENTITIES, make_problems
-from tests.annotation.scripted import ScriptedJudge, ScriptedPolicy
+from tests.annotation.killed_run import CONFIG, IDENTITIES, make_parts
 
 ROOT = Path(__file__).parents[2]
-NUM_PROBLEMS = 60
 
 
-def without_seconds(row):
-    return {**row, "cost": {**row["cost"], "seconds": 0.0}}
+def by_id(rows):
+    rows = list(rows)
+    found = {row["problem_id"]: {**row, "cost": {**row["cost"], "seconds": 0.0}} for row in rows}
+    assert len(found) == len(rows), "each once"
+    return found
 
 
-def start(path, report):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.annotation.killed_run", str(path), str(report), str(NUM_PROBLEMS)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment)
+class Runs:
+    """Starts runs of `killed_run`, and waits for them."""
+
+    def __init__(self):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "tests.annotation.killed_run"]
+        self.program = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def start(self, *arguments):
+        self.program.stdin.write(" ".join(map(str, arguments)) + "\n")
+        self.program.stdin.flush()
+        self.status = None
+        self.process = int(self.program.stdout.readline())
+        self.waiting = threading.Thread(target=self._wait)
+        self.waiting.start()
+        return self
+
+    def _wait(self):
+        self.status = int(self.program.stdout.readline())
+
+    def kill(self):
+        if self.status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process, signal.SIGKILL)
+
+    def wait(self):
+        self.waiting.join(120)
+        return self.status
+
+    def workers(self):
+        try:
+            children = Path(f"/proc/{self.process}/task/{self.process}/children").read_text().split()
+            threads = Path(f"/proc/{self.process}/task").iterdir()
+            children += [child for thread in threads for child in (thread / "children").read_text().split()]
+        except OSError:
+            return set()
+        return {int(child) for child in children}
+
+
+@pytest.fixture
+def runs():
+    runs = Runs()
+    yield runs
+    runs.program.stdin.close()
+    runs.program.wait(30)
 
 
 def num_lines(report):
     return report.read_bytes().count(b"\n") if report.exists() else 0
 
 
-def test_killed_and_restarted(tmp_path):
+def read_report(report):
+    lines = report.read_text().splitlines(keepends=True) if report.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def test_killed_twenty_times_and_restarted(runs, tmp_path):
     path = tmp_path / "trees.journal.sqlite"
     draw = random.Random(0)
-    yielded = []  # what each run reported before its end
-    num_kills, finished = 0, 0
-    for attempt in range(10):
-        report = tmp_path / f"report_{attempt}.jsonl"
-        process = start(path, report)
-        if num_kills < 4:
-            # finished trees are reported again at once; a random number of new ones may follow
-            enough = finished + draw.randint(0, 8)
-            while process.poll() is None and num_lines(report) < enough:
-                time.sleep(0.002)
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                num_kills += 1
-        process.wait()
-        lines = report.read_text().splitlines(keepends=True) if report.exists() else []
-        yielded.append([json.loads(line) for line in lines if line.endswith("\n")])
+    num_kills, stored = 0, {}
+    expected = by_id(annotate(*make_parts("scripted"), CONFIG, **IDENTITIES))
+    while True:
+        report = tmp_path / f"report_{num_kills}.jsonl"
+        run = runs.start("scripted", path, report)
+        if num_kills < 20:
+            # Finished trees are reported again at once; a few new ones may follow, then a moment in the midst of others.
+            enough = len(stored) + draw.randint(0, 4)
+            while run.status is None and num_lines(report) < enough:
+                time.sleep(0.001)
+            time.sleep(draw.random() * 0.03)
+            run.kill()
+        status = run.wait()
+        reported = by_id(read_report(report))
         with Journal(path) as journal:
-            stored = [row["problem_id"] for row in journal]
-        finished = len(stored)
-        assert len(set(stored)) == finished
-        assert {row["problem_id"] for row in yielded[-1]} <= set(stored), "what was reported is in the journal"
-        if process.returncode == 0:
+            now_stored = by_id(journal)
+        assert reported.items() <= now_stored.items(), "what was reported is in the journal"
+        assert stored.items() <= now_stored.items() and now_stored.items() <= expected.items()
+        stored = now_stored
+        if status == 0:
             break
-    assert num_kills == 4 and process.returncode == 0
-    assert any(0 < len(rows) < NUM_PROBLEMS for rows in yielded[:-1]), "some run was killed with work done"
+        assert status == -signal.SIGKILL
+        num_kills += 1
+    assert num_kills == 20
+    assert reported == stored == expected and len(stored) == 80
 
-    whole = annotate(make_problems(NUM_PROBLEMS), ScriptedPolicy(), ScriptedJudge(), CONFIG, **IDENTITIES)
-    expected = {row["problem_id"]: without_seconds(row) for row in whole}
-    last = {row["problem_id"]: without_seconds(row) for row in yielded[-1]}
-    assert len(yielded[-1]) == NUM_PROBLEMS and last == expected
+
+def test_killed_workers_and_runs(runs, tmp_path):
+    """The process in which rules compare formulas is killed, and the run now and then, too."""
+    path = tmp_path / "trees.journal.sqlite"
+    draw = random.Random(1)
+    expected = by_id(annotate(*make_parts("rules"), CONFIG, **IDENTITIES))
+    assert sum(rollout["verdict"] == "unknown" for row in expected.values() for rollout in row["rollouts"]) == 0
+    killed_workers, killed_runs, status = set(), 0, None
+    while status != 0:
+        report = tmp_path / f"report_{killed_runs}.jsonl"
+        run = runs.start("rules", path, report)
+        while run.status is None:
+            for worker in run.workers() - killed_workers if len(killed_workers) < 3 else ():
+                time.sleep(draw.random() * 0.3)
+                killed_workers.add(worker)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
+            if killed_runs < len(killed_workers) // 3:
+                killed_runs += 1
+                last_workers = run.workers()
+                run.kill()
+                break
+            time.sleep(0.005)
+        status = run.wait()
+    assert len(killed_workers) >= 3 and killed_runs == 1
+    assert by_id(read_report(report)) == expected
     with Journal(path) as journal:
-        assert {row["problem_id"]: without_seconds(row) for row in journal} == expected
-        assert len(journal) == NUM_PROBLEMS
+        assert by_id(journal) == expected
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(Path(f"/proc/{worker}").exists() for worker in last_workers):
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{worker}").exists() for worker in last_workers), "workers end with their run"

@@ -145,24 +145,20 @@ def test_seconds_of_the_trees_add_up_to_the_time():
 
 
 def test_memory_does_not_grow_with_the_number_of_problems():
-    config = AnnotationConfig(num_rollouts=4, rollout_budget=8, trees_in_flight=16)
+    config = AnnotationConfig(num_rollouts=4, rollout_budget=8, trees_in_flight=4)
 
     class Forgetful(ScriptedPolicy):
         def generate(self, requests):
             self.calls = []
             return super().generate(requests)
 
-    def peak(count):
-        problems = (make_problem(f"p{number}", question=f"{number} " * 10_000) for number in range(count))
-        tracemalloc.start()
-        for _ in annotate(problems, Forgetful(num_steps=3), ScriptedJudge(), config):
-            pass
-        most = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return most
-
-    peak(20)  # what is kept for ever is made once
-    assert peak(400) < 1.3 * peak(100)
+    problems = (make_problem(f"p{number:03}", question=f"{number:03} " * 10_000) for number in range(300))
+    tracemalloc.start()
+    for _ in annotate(problems, Forgetful(num_steps=3), ScriptedJudge(), config):
+        pass
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 40_000 * 30, "never more than a tenth of the problems is there"
 
 
 def test_of_equal_solutions_one_is_judged_and_caches_are_counted():
