@@ -53,10 +53,21 @@ class ChatRequestError(ChatServerError):
 
 @dataclass(frozen=True)
 class ChatChoice:
-    """One sampled answer: its text, and why it ended (`"stop"`, `"length"`, …)."""
+    """
+    One sampled answer.
+
+    Args:
+        text (`str`):
+            Its text.
+        finish_reason (`str`):
+            Why it ended: `"stop"`, `"length"`, …
+        stopped_at (`str`, *optional*):
+            The text of the request's `stop` at which it ended; `""` if at none, `None` if the server does not say.
+    """
 
     text: str
     finish_reason: str
+    stopped_at: str | None = None
 
 
 @dataclass(frozen=True)
@@ -304,7 +315,11 @@ def _read_choice(choice: Any) -> ChatChoice:
         raise TypeError("content and finish_reason have to be text")
     if reason in ("abort", "error"):  # the engine gave up, which says nothing about the model
         raise ValueError(f"finish_reason {reason!r}")
-    return ChatChoice(text, reason)
+    stopped_at = None
+    for name in ("stop_reason", "matched_stop"):  # vLLM's name and SGLang's; a number is that of an end token
+        if name in choice:
+            stopped_at = choice[name] if isinstance(choice[name], str) else ""
+    return ChatChoice(text, reason, stopped_at)
 
 
 def _count(value: Any) -> int | None:

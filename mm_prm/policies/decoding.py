@@ -8,7 +8,7 @@ architecture's positions, masks and cache) and hands over through its `custom_ge
 file is written for one architecture.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,10 @@ class Completion:
     logprob: float
 
 
+# Says of rows of tokens which ones are complete.
+Stop = Callable[[Sequence[Sequence[int]]], list[bool]]
+
+
 @dataclass
 class _State:
     """What the next forward pass continues from: one entry per row of the batch."""
@@ -82,6 +86,7 @@ def decode(
     prefixes: Sequence[tuple[int, Sequence[int]]],
     rows: Sequence[tuple[int, int]],
     sampling: Sampling,
+    stop: Stop | None = None,
 ) -> list[Completion]:
     """
     Samples completions.
@@ -97,6 +102,8 @@ def decode(
             For every completion, the index of its prefix and its seed.
         sampling ([`Sampling`]):
             How tokens are drawn.
+        stop (`Callable`, *optional*):
+            Asked after every token which rows are complete, besides those that an end token ends.
 
     Returns:
         `list[Completion]`, in the order of `rows`.
@@ -108,7 +115,7 @@ def decode(
         state = _prefill_prompts(model, input_ids, model_kwargs)
         state = _prefill_prefixes(model, state, prefixes, sampling)
         state = state.select(torch.tensor([prefix for prefix, _ in rows], device=input_ids.device))
-        return _sample_rows(model, state, [seed for _, seed in rows], sampling)
+        return _sample_rows(model, state, [seed for _, seed in rows], sampling, stop)
 
     # `max_new_tokens` and `do_sample` only keep `generate` from warning about what it does not decide here.
     return model.generate(
@@ -170,7 +177,9 @@ def _forward(model: Any, state: _State, input_ids: torch.Tensor, mask: torch.Ten
     )
 
 
-def _sample_rows(model: Any, state: _State, seeds: Sequence[int], sampling: Sampling) -> list[Completion]:
+def _sample_rows(
+    model: Any, state: _State, seeds: Sequence[int], sampling: Sampling, stop: Stop | None
+) -> list[Completion]:
     device = state.logits.device
     num_rows, max_new_tokens = len(seeds), sampling.max_new_tokens
     end_tokens = torch.tensor(sampling.end_tokens, device=device)
@@ -180,6 +189,7 @@ def _sample_rows(model: Any, state: _State, seeds: Sequence[int], sampling: Samp
     logprobs = torch.zeros(num_rows, device=device)
     live = torch.arange(num_rows, device=device)
     finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
+    stopped_after = torch.full((num_rows,), max_new_tokens + 1, device=device)
     one = torch.ones((num_rows, 1), dtype=state.mask.dtype, device=device)
 
     for step in range(max_new_tokens):
@@ -189,6 +199,10 @@ def _sample_rows(model: Any, state: _State, seeds: Sequence[int], sampling: Samp
         tokens[live, step] = chosen
         logprobs[live] += chosen_logprobs.masked_fill(finished, 0.0)
         finished = finished | torch.isin(chosen, end_tokens)
+        if stop is not None:
+            complete = torch.tensor(stop(tokens[live, : step + 1].tolist()), device=device) & ~finished
+            stopped_after[live[complete]] = step + 1
+            finished = finished | complete
         if step + 1 == max_new_tokens:
             break
         if (step + 1) % steps_between_looks == 0:
@@ -201,13 +215,18 @@ def _sample_rows(model: Any, state: _State, seeds: Sequence[int], sampling: Samp
                 live, finished, chosen = live[kept], finished[kept], chosen[kept]
         ones = one[: len(live)]
         state = _forward(model, state, chosen[:, None], ones, ones)
-    return _collect(tokens, logprobs, sampling)
+    return _collect(tokens, logprobs, stopped_after, sampling)
 
 
-def _collect(tokens: torch.Tensor, logprobs: torch.Tensor, sampling: Sampling) -> list[Completion]:
+def _collect(
+    tokens: torch.Tensor, logprobs: torch.Tensor, stopped_after: torch.Tensor, sampling: Sampling
+) -> list[Completion]:
+    # A finished row goes on until rows are removed: what counts is where it ended first.
     is_end = torch.isin(tokens, torch.tensor(sampling.end_tokens, device=tokens.device))
-    finished = is_end.any(-1)
-    lengths = torch.where(finished, is_end.int().argmax(-1), tokens.shape[1])
+    lengths = torch.where(is_end.any(-1), is_end.int().argmax(-1), tokens.shape[1])
+    stopped = stopped_after <= lengths
+    finished = is_end.any(-1) & ~stopped
+    lengths = torch.where(stopped, stopped_after, lengths)
     return [
         Completion(tokens=row[:length], finished=ended, num_tokens=length + ended, logprob=logprob)
         for row, length, ended, logprob in zip(

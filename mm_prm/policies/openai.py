@@ -30,7 +30,7 @@ from mm_prm.data.text import (
 
 from .questions import decoded_images, previous_steps
 from .settings import check_sampling
-from .steps import StepFormat, format_steps, parse_steps
+from .steps import SEPARATORS, STEP_ENDS, StepFormat, first_step, format_steps, parse_steps
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,10 @@ class OpenAIPolicy:
     `seed + i`. Steps that are already there are sent as an unfinished assistant message, which vLLM and SGLang continue
     (`continue_final_message`), so that their prefix cache serves them. Whether a server does that is checked when the
     policy is opened; if one does not, the steps go into the user turn as "Previous Steps", and a warning says so.
+
+    A request for one step stops at the step's end, where servers tell this from the solution's end (vLLM and SGLang do)
+    and templates keep the separator in front of the step. Where not, whole completions are paid for and cut, and a
+    warning says so.
 
     Pictures are sent as data URLs. Text that spells a special token is broken up before it is sent.
 
@@ -119,6 +123,7 @@ class OpenAIPolicy:
         self._image_urls: OrderedDict[bytes, str] = OrderedDict()
         self._image_bytes = 0
         self.prefix_in_turn = self._servers_continue()
+        self._stops: bool | None = None  # asked when a first single step is wanted
 
     def submit(self, problem: Problem, request: RolloutRequest) -> "Future[Generation]":
         """
@@ -155,12 +160,14 @@ class OpenAIPolicy:
             parts.append(next(images) if part is None else self._neutralize(part))
         steps = format_steps([self._neutralize(step) for step in request.prefix], self.step_format)
         in_turn = bool(steps) and self.prefix_in_turn
+        stops = request.one_step and self._servers_stop()
         if steps and not in_turn:
             parts.append(previous_steps(steps))
         payload = {
             "model": self.model,
-            "messages": self._messages(parts, steps if in_turn else None),
+            "messages": self._messages(parts, steps + SEPARATORS[self.step_format] * stops if in_turn else None),
             **self.sampling,
+            **({"stop": list(STEP_ENDS[self.step_format])} if stops else {}),
             # Greedy samples are all the same, and vLLM refuses to compute several.
             "n": request.num_rollouts if self.sampling["temperature"] else 1,
             "seed": request.seed,
@@ -203,19 +210,25 @@ class OpenAIPolicy:
         for answer in answers:
             tokens = _share_out(answer.completion_tokens or 0, [len(choice.text) for choice in answer.choices])
             rollouts += [
-                self._rollout(choice, num_tokens, bool(request.prefix))
+                self._rollout(choice, num_tokens, request)
                 for choice, num_tokens in zip(answer.choices, tokens, strict=True)
             ]
         if not self.sampling["temperature"]:
             rollouts = rollouts[:1] * request.num_rollouts
         return Generation(rollouts[: request.num_rollouts], answers[0].prompt_tokens or 0)
 
-    def _rollout(self, choice: ChatChoice, num_tokens: int, continues: bool) -> Rollout:
-        steps = parse_steps(choice.text, self.step_format, continues and self.prefix_in_turn)
-        status: RolloutStatus = "unparsable"
-        if steps and choice.finish_reason in ("stop", "length"):
-            status = "finished" if choice.finish_reason == "stop" else "length"
-        return Rollout(steps, status, num_tokens)
+    def _rollout(self, choice: ChatChoice, num_tokens: int, request: RolloutRequest) -> Rollout:
+        ended: RolloutStatus = "unparsable"
+        if choice.finish_reason in ("stop", "length"):
+            ended = "finished" if choice.finish_reason == "stop" else "length"
+        if request.one_step and self._stops and ended != "unparsable":
+            return Rollout(
+                *first_step(choice.text, self.step_format, "stopped" if choice.stopped_at else ended), num_tokens
+            )
+        steps = parse_steps(choice.text, self.step_format, bool(request.prefix) and self.prefix_in_turn)
+        if request.one_step and len(steps) > 1 and ended != "unparsable":
+            return Rollout(steps[:1], "stopped", num_tokens)
+        return Rollout(steps, ended if steps else "unparsable", num_tokens)
 
     def _neutralize(self, text: str) -> str:
         if self._special_tokens is not None:
@@ -275,6 +288,37 @@ class OpenAIPolicy:
         if root is None or once is None or twice is None:
             return False
         return abs((once - root) - (twice - once)) <= 1
+
+    def _servers_stop(self) -> bool:
+        """Whether every server that answers can be asked for one step, see [`OpenAIPolicy`]."""
+        if self._stops is None:
+            unfit = {}
+            for url in self.client.base_urls:
+                try:
+                    reason = self._server_cannot_stop(url)
+                except ChatServerError as error:
+                    logger.warning("%s; going on with the other servers", error)
+                else:
+                    unfit |= {url: reason} if reason else {}
+            for url, reason in unfit.items():
+                logger.warning(
+                    "%s %s. A single step is cut out of a whole completion, all of whose tokens are computed.",
+                    url,
+                    reason,
+                )
+            self._stops = not unfit
+        return self._stops
+
+    def _server_cannot_stop(self, url: str) -> str:
+        payload = {"model": self.model, "messages": self._messages(["Count."], None), "max_tokens": 1}
+        if self.client.complete(payload, url).choices[0].stopped_at is None:
+            return "does not say at which text an answer stopped"
+        separator = SEPARATORS[self.step_format]
+        if separator and self.prefix_in_turn:
+            without, with_it = (self._count_prompt(url, _PROBE + end) for end in ("", separator))
+            if without == with_it:
+                return "drops the separator at the end of an unfinished assistant message"
+        return ""
 
     def _count_prompt(self, url: str, prefix: str | None) -> int | None:
         payload = {"model": self.model, "messages": self._messages(["Count."], prefix), "max_tokens": 1}

@@ -25,7 +25,7 @@ from mm_prm.data.text import (
 )
 
 from .questions import decoded_images, previous_steps
-from .steps import StepFormat, format_steps
+from .steps import SEPARATORS, StepFormat, format_steps
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,9 @@ class PromptBuilder:
                 self.tokenizer.name_or_path,
             )
 
-    def build(self, problem: Mapping[str, Any], prefix: Sequence[str]) -> tuple[Prompt, list[int]]:
+    def build(
+        self, problem: Mapping[str, Any], prefix: Sequence[str], one_step: bool = False
+    ) -> tuple[Prompt, list[int]]:
         """
         Builds what the model reads before it writes on.
 
@@ -112,11 +114,13 @@ class PromptBuilder:
                 Problem row, its images decoded.
             prefix (`Sequence[str]`):
                 Steps that are already there.
+            one_step (`bool`, *optional*, defaults to `False`):
+                Whether the prefix ends with what opens the next step.
 
         Returns:
             `tuple` of the prompt, shared by all prefixes of a problem, and the tokens of the prefix that follow it.
         """
-        question, steps, images = self._parts(problem, prefix)
+        question, steps, images = self._parts(problem, prefix, one_step)
         prompt = self._prompt(question, images)
         if not steps:
             return prompt, []
@@ -126,7 +130,9 @@ class PromptBuilder:
             return prompt, tokens[len(prompt.text_tokens) :]
         return self._process(prompt.text + steps, images), []
 
-    def build_tokens(self, problem: Mapping[str, Any], prefix: Sequence[str]) -> tuple[list[int], list[Image.Image]]:
+    def build_tokens(
+        self, problem: Mapping[str, Any], prefix: Sequence[str], one_step: bool = False
+    ) -> tuple[list[int], list[Image.Image]]:
         """
         Builds what the model reads for an engine that processes pictures itself.
 
@@ -135,11 +141,13 @@ class PromptBuilder:
                 Problem row, its images decoded.
             prefix (`Sequence[str]`):
                 Steps that are already there.
+            one_step (`bool`, *optional*, defaults to `False`):
+                Whether the prefix ends with what opens the next step.
 
         Returns:
             `tuple` of the tokens of prompt and prefix, each image still one placeholder, and the images.
         """
-        question, steps, images = self._parts(problem, prefix)
+        question, steps, images = self._parts(problem, prefix, one_step)
         return self._tokenize(self._render(self._user_turn(question), True) + steps), images
 
     def collate(self, prompts: Sequence[Prompt], pad_token: int) -> dict[str, torch.Tensor]:
@@ -169,7 +177,7 @@ class PromptBuilder:
         return batch
 
     def _parts(
-        self, problem: Mapping[str, Any], prefix: Sequence[str]
+        self, problem: Mapping[str, Any], prefix: Sequence[str], one_step: bool
     ) -> tuple[list[str | None], str, list[Image.Image]]:
         """The user turn in pieces, the steps that open the assistant turn, and the images."""
         images = self._images(problem)
@@ -177,7 +185,8 @@ class PromptBuilder:
         steps = format_steps([self._neutralize(step) for step in prefix], self.step_format)
         if steps and not self.prefix_in_turn:
             return [*question, previous_steps(steps)], "", images
-        return question, steps, images
+        # With one step, its end is looked for, and the separator before it must not be taken for that.
+        return question, steps + (SEPARATORS[self.step_format] if steps and one_step else ""), images
 
     def _images(self, problem: Mapping[str, Any]) -> list[Image.Image]:
         images = problem["images"]

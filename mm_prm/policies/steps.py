@@ -12,8 +12,18 @@ import re
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+from mm_prm.annotation.protocols import RolloutStatus
+
 StepFormat = Literal["paragraphs", "tags", "numbered"]
 STEP_FORMATS: tuple[StepFormat, ...] = get_args(StepFormat)
+
+# What opens the next step after a given one, and what ends a step that was so opened.
+SEPARATORS: dict[StepFormat, str] = {"paragraphs": "\n\n", "tags": "", "numbered": "\n"}
+STEP_ENDS: dict[StepFormat, tuple[str, ...]] = {
+    "paragraphs": ("\n\n",),
+    "tags": ("</step>",),
+    "numbered": ("\nStep ", "\n†Answer"),
+}
 
 _BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 _TAGGED = re.compile(r"<(step|answer)>(.*?)(?:</\1>|(?=<(?:step|answer)>)|\Z)", re.DOTALL)
@@ -73,3 +83,28 @@ def format_steps(steps: Sequence[str], step_format: StepFormat = "paragraphs") -
     return "\n".join(
         step if re.match(_ANSWER, step) else f"Step {number}: {step}" for number, step in enumerate(steps, start=1)
     ).rstrip()
+
+
+def first_step(text: str, step_format: StepFormat, ended: RolloutStatus) -> tuple[tuple[str, ...], RolloutStatus]:
+    """
+    Reads the one step of a rollout that was asked for one, see [`~mm_prm.annotation.protocols.RolloutRequest`].
+
+    Args:
+        text (`str`):
+            What the policy wrote after the separator, without special tokens. It may hold more than the step.
+        step_format (`str`):
+            `"paragraphs"`, `"tags"` or `"numbered"`.
+        ended (`str`):
+            How the text ended: `"finished"`, `"length"`, or `"stopped"` where the end of the step is cut off already.
+
+    Returns:
+        The step, none if there is none, and the status of the rollout.
+    """
+    text = text.replace("\r\n", "\n")
+    for end in STEP_ENDS[step_format]:
+        text, found, _ = text.partition(end)
+        ended = "stopped" if found else ended
+    steps = parse_steps(text, step_format)
+    if not steps:
+        return (), "unparsable"
+    return steps[:1], "stopped" if len(steps) > 1 else ended

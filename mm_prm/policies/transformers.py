@@ -19,10 +19,10 @@ from transformers import (
 from mm_prm.annotation.protocols import Generation, Problem, Rollout, RolloutRequest, RolloutStatus
 from mm_prm.models import batch_vision_attention
 
-from .decoding import Completion, Sampling, decode
+from .decoding import Completion, Sampling, Stop, decode
 from .prompts import Prompt, PromptBuilder
 from .settings import check_sampling
-from .steps import StepFormat, parse_steps
+from .steps import STEP_ENDS, StepFormat, first_step, parse_steps
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class TransformersPolicy:
         Returns:
             `list[Generation]`: One for each request, in their order.
         """
-        built = [self.prompts.build(problem, request.prefix) for problem, request in requests]
+        built = [self.prompts.build(problem, request.prefix, request.one_step) for problem, request in requests]
         completions: list[list[Completion | None]] = [[None] * request.num_rollouts for _, request in requests]
         for pieces in self._batches(built, [request for _, request in requests]):
             batch = iter(self._decode(pieces, built, requests))
@@ -143,7 +143,7 @@ class TransformersPolicy:
                     completions[piece.request][number] = next(batch)
         return [
             Generation(
-                rollouts=self._read([row for row in rows if row is not None], continues=bool(request.prefix)),
+                rollouts=self._read([row for row in rows if row is not None], request),
                 prompt_tokens=len(prompt) + len(prefix),
             )
             for rows, (_, request), (prompt, prefix) in zip(completions, requests, built, strict=True)
@@ -153,22 +153,23 @@ class TransformersPolicy:
         self, built: Sequence[tuple[Prompt, list[int]]], requests: Sequence[RolloutRequest]
     ) -> Iterator[list[_Piece]]:
         """Cuts the requests into batches of like prompts: of one shape, sorted by length, those of a problem together."""
+        shapes = [(request.one_step, *prompt.shape) for (prompt, _), request in zip(built, requests, strict=True)]
         numbers: dict[Prompt, int] = {}
         for prompt, _ in built:
             numbers.setdefault(prompt, len(numbers))
         order = sorted(
             range(len(built)),
-            key=lambda index: (built[index][0].shape, len(built[index][0]), numbers[built[index][0]]),
+            key=lambda index: (shapes[index], len(built[index][0]), numbers[built[index][0]]),
         )
         pieces: list[_Piece] = []
         size, shape = 0, None
         for index in order:
             start = 0
             while start < requests[index].num_rollouts:
-                if pieces and (size == self.batch_size or shape != built[index][0].shape):
+                if pieces and (size == self.batch_size or shape != shapes[index]):
                     yield pieces
                     pieces, size = [], 0
-                shape = built[index][0].shape
+                shape = shapes[index]
                 stop = min(requests[index].num_rollouts, start + self.batch_size - size)
                 pieces.append(_Piece(index, start, stop))
                 size += stop - start
@@ -195,14 +196,29 @@ class TransformersPolicy:
             name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
             for name, value in self.prompts.collate(list(prompts), self.sampling.pad_token).items()
         }
-        return decode(self.model, inputs, prefixes, rows, self.sampling)
+        one_step = requests[pieces[0].request][1].one_step
+        return decode(self.model, inputs, prefixes, rows, self.sampling, self._step_end() if one_step else None)
 
-    def _read(self, completions: Sequence[Completion], continues: bool) -> list[Rollout]:
+    def _step_end(self) -> Stop:
+        ends = STEP_ENDS[self.prompts.step_format]
+        # A token stands for at least one byte, so the end of a step lies within so many.
+        longest = max(len(end.encode()) for end in ends)
+
+        def complete(rows: Sequence[Sequence[int]]) -> list[bool]:
+            texts = self.prompts.tokenizer.batch_decode([row[-longest:] for row in rows], skip_special_tokens=True)
+            return [any(end in text for end in ends) for text in texts]
+
+        return complete
+
+    def _read(self, completions: Sequence[Completion], request: RolloutRequest) -> list[Rollout]:
+        if request.one_step:
+            return [self._read_step(completion) for completion in completions]
+        continues = bool(request.prefix) and self.prompts.prefix_in_turn
         # A confident policy writes the same few solutions again and again.
         texts = {tuple(completion.tokens): "" for completion in completions}
         decoded = self.prompts.tokenizer.batch_decode([list(tokens) for tokens in texts], skip_special_tokens=True)
         steps = {
-            tokens: parse_steps(text, self.prompts.step_format, continues and self.prompts.prefix_in_turn)
+            tokens: parse_steps(text, self.prompts.step_format, continues)
             for tokens, text in zip(texts, decoded, strict=True)
         }
         rollouts = []
@@ -211,6 +227,11 @@ class TransformersPolicy:
             status: RolloutStatus = "unparsable" if not read else "finished" if completion.finished else "length"
             rollouts.append(Rollout(read, status, completion.num_tokens, completion.logprob))
         return rollouts
+
+    def _read_step(self, completion: Completion) -> Rollout:
+        text = self.prompts.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+        steps, status = first_step(text, self.prompts.step_format, "finished" if completion.finished else "length")
+        return Rollout(steps, status, completion.num_tokens, completion.logprob)
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from mm_prm.annotation.protocols import Generation, Problem, Rollout, RolloutReq
 
 from .prompts import PromptBuilder
 from .settings import check_sampling
-from .steps import StepFormat, parse_steps
+from .steps import STEP_ENDS, StepFormat, first_step, parse_steps
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +73,10 @@ class VLLMPolicy:
         self.path = path
         self.prompts = PromptBuilder(AutoProcessor.from_pretrained(path), step_format)
         self._greedy = temperature == 0
-        self._sampling = lambda num_rollouts, seed: SamplingParams(
+        self._sampling = lambda num_rollouts, seed, stop=(): SamplingParams(
             n=num_rollouts,
             seed=seed,
+            stop=list(stop),
             max_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -104,12 +105,13 @@ class VLLMPolicy:
         Returns:
             `Future[Generation]`: Cancelling it takes the request out of the engine.
         """
-        tokens, images = self.prompts.build_tokens(problem, request.prefix)
+        tokens, images = self.prompts.build_tokens(problem, request.prefix, request.one_step)
         prompt: dict[str, Any] = {"prompt_token_ids": tokens}
         if images:
             prompt["multi_modal_data"] = {"image": images}
         # Greedy samples are all the same, and vLLM refuses to compute several.
-        params = self._sampling(1 if self._greedy else request.num_rollouts, request.seed)
+        stop = STEP_ENDS[self.prompts.step_format] if request.one_step else ()
+        params = self._sampling(1 if self._greedy else request.num_rollouts, request.seed, stop)
         return self._engine.submit(prompt, params, lambda output: self._read(output, request))
 
     def generate(self, requests: Sequence[tuple[Problem, RolloutRequest]]) -> list[Generation]:
@@ -127,9 +129,15 @@ class VLLMPolicy:
         for completion in sorted(output.outputs, key=lambda completion: completion.index):
             if completion.finish_reason not in ("stop", "length"):
                 raise RuntimeError(f"vLLM ended a rollout with {completion.finish_reason!r}")
-            steps = parse_steps(completion.text, self.prompts.step_format, continues)
             ended: RolloutStatus = "finished" if completion.finish_reason == "stop" else "length"
-            rollouts.append(Rollout(steps, ended if steps else "unparsable", len(completion.token_ids)))
+            if request.one_step:
+                # `stop_reason` is the text at which it stopped, or, at the end of the solution, no text.
+                ended = "stopped" if isinstance(completion.stop_reason, str) else ended
+                steps, status = first_step(completion.text, self.prompts.step_format, ended)
+            else:
+                steps = parse_steps(completion.text, self.prompts.step_format, continues)
+                status = ended if steps else "unparsable"
+            rollouts.append(Rollout(steps, status, len(completion.token_ids)))
         if self._greedy:
             rollouts *= request.num_rollouts
         return Generation(rollouts, len(output.prompt_token_ids))

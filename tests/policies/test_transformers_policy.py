@@ -171,7 +171,8 @@ class TestStatus:
         policy = TransformersPolicy(model, processor, max_new_tokens=30)
         tokenizer = processor.tokenizer
         tokens = tokenizer("\n\nBar A shows 7. \n\n The answer is 7.")["input_ids"]
-        rollout = policy._read([Completion(tokens, True, len(tokens) + 1, -1.0)], continues=True)[0]
+        asked = RolloutRequest("problem", STEPS, 1, 1)
+        rollout = policy._read([Completion(tokens, True, len(tokens) + 1, -1.0)], asked)[0]
         assert rollout.steps == ("Bar A shows 7.", "The answer is 7.")
         assert rollout.status == "finished"
 

@@ -115,19 +115,19 @@ def test_they_are_the_solutions_of_the_model(policy):
     assert steps(greedy) == steps(expected.generate(requests(2)))
 
 
-def greedy_rollouts(policy):
+def greedy_rollouts(policy, asked=None):
     """The same engine at temperature 0."""
     sampling, policy._greedy = policy._sampling, True
 
-    def at_zero(num_rollouts, seed):
-        params = sampling(num_rollouts, seed)
+    def at_zero(num_rollouts, seed, stop=()):
+        params = sampling(num_rollouts, seed, stop)
         params.temperature = 0.0
         params.top_k, params.top_p = 0, 1.0
         return params
 
     policy._sampling = at_zero
     try:
-        return policy.generate(requests(2))
+        return policy.generate(asked or requests(2))
     finally:
         policy._sampling, policy._greedy = sampling, False
 
@@ -138,6 +138,27 @@ def test_a_prefix_is_continued(policy):
     assert all(rollout.status == "finished" for rollout in generation.rollouts)
     assert not any(step in rollout.steps for step in prefix for rollout in generation.rollouts)
     assert generation.prompt_tokens > policy.generate(requests(1)[:1])[0].prompt_tokens
+
+
+def test_a_single_step_ends_where_it_ends(policy, server):
+    """At temperature 0 the steps, one after the other, are the solution; and the server gives the same."""
+    served = OpenAIPolicy("mini", server, timeout_seconds=120, max_concurrency=8, temperature=0, top_k=0, top_p=1.0)
+    whole = served.generate(requests(1))
+    assert steps(whole) == steps(greedy_rollouts(policy, requests(1)))
+    prefixes, unfinished = [()] * len(PROBLEMS), list(range(len(PROBLEMS)))
+    while unfinished:
+        asked = [
+            (PROBLEMS[i], RolloutRequest(PROBLEMS[i]["id"], prefixes[i], 1, 1, one_step=True)) for i in unfinished
+        ]
+        own, other = greedy_rollouts(policy, asked), served.generate(asked)
+        assert steps(own) == steps(other)
+        for index, generation in zip(list(unfinished), own, strict=True):
+            [rollout] = generation.rollouts
+            assert len(rollout.steps) == 1 and rollout.status in ("stopped", "finished")
+            prefixes[index] += rollout.steps
+            if rollout.status == "finished":
+                unfinished.remove(index)
+    assert prefixes == [generation.rollouts[0].steps for generation in whole]
 
 
 def test_one_request_that_cannot_be_answered_fails_alone(policy):
