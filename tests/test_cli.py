@@ -536,7 +536,7 @@ def test_training_names_bad_rows_and_says_that_it_sees_no_pictures(rows, tiny_vl
     [
         (["--model", "./gone"], "model: ./gone: there is no such folder"),
         (["--rows", "gone.parquet"], "gone.parquet: there is no such file or folder"),
-        (["--label_mode", "softt"], "label_mode: 'softt' is not one of 'soft', 'hard'; did you mean 'soft'?"),
+        (["--label_mode", "softt"], "label_mode: 'softt' is not one of 'soft', 'hard', 'smoothed'; did you mean 'soft'?"),
         (["--eval_strategy", "epoch"], "eval_strategy: epoch needs eval_rows"),
         (["--problems", "mini:test:1"], "3 problems of the rows are not in the problem table: 'q0', 'q1', 'q2'"),
         (["--max_length", "3"], "none of the "),

@@ -1,19 +1,20 @@
 """`mm-prm train`: stepwise rows in, a process reward model out.
 
 mm-prm train --config train.yaml
-accelerate launch -m mm_prm.trainer --config train.yaml
+accelerate launch --config_file recipes/accelerate/gpus.yaml -m mm_prm.train --config train.yaml
 """
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from mm_prm.commands import InputError, reading_input
 from mm_prm.settings import parse_settings, write_settings
 
 if TYPE_CHECKING:
     import datasets
+    from peft import LoraConfig
 
     from mm_prm.trainer import PRMConfig
 
@@ -36,8 +37,6 @@ class TrainSettings:
             Problems of the rows to evaluate on. Those of the training rows if not given.
         image_root (`str`, *optional*):
             Folder within which image paths of the problems lie. The file's own folder if not given.
-        on_bad_row (`str`, *optional*, defaults to `"raise"`):
-            At a problem that cannot be used: stop, or leave it out.
         output_json (`str`, *optional*):
             Write the metrics there, too.
     """
@@ -48,21 +47,49 @@ class TrainSettings:
     eval_rows: str | None = None
     eval_problems: str | None = None
     image_root: str | None = None
-    on_bad_row: Literal["raise", "skip"] = "raise"
     output_json: str | None = None
+
+
+@dataclass
+class AdapterSettings:
+    """
+    Whether an adapter is trained instead of the model itself.
+
+    Args:
+        use_peft (`bool`, *optional*, defaults to `False`):
+            Train a LoRA adapter. A policy is made a process reward model and saved first, in `base_model` of the output
+            folder. For QLoRA, let `model_init_kwargs` hold a `quantization_config`.
+        lora_r (`int`, *optional*, defaults to `16`):
+            Rank.
+        lora_alpha (`int`, *optional*, defaults to `32`):
+            Scale, divided by the rank.
+        lora_dropout (`float`, *optional*, defaults to `0.0`):
+            Dropout of the adapter; needs `disable_dropout` to be false.
+        lora_target_modules (`list[str]`, *optional*):
+            Names of modules that get the adapter. All linear ones but the head if not given.
+    """
+
+    use_peft: bool = False
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_target_modules: list[str] | None = None
 
 
 def main(args: Sequence[str], prog: str) -> int:
     """Run the command; returns its exit status."""
     from mm_prm.trainer.prm_config import PRMConfig
 
-    settings, config = parse_settings(
-        (TrainSettings, PRMConfig), args, prog=prog, description="Train a process reward model on stepwise rows."
+    settings, config, adapter = parse_settings(
+        (TrainSettings, PRMConfig, AdapterSettings),
+        args,
+        prog=prog,
+        description="Train a process reward model on stepwise rows.",
     )
-    return run(settings, config)
+    return run(settings, config, adapter)
 
 
-def run(settings: TrainSettings, config: "PRMConfig") -> int:
+def run(settings: TrainSettings, config: "PRMConfig", adapter: AdapterSettings) -> int:
     """Train, save the model and print the metrics."""
     from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
@@ -70,18 +97,19 @@ def run(settings: TrainSettings, config: "PRMConfig") -> int:
     from mm_prm.embedded import model_path
     from mm_prm.trainer import PRMTrainer
 
-    rows = _read(settings.rows, settings.problems, settings)
+    peft_config = _peft_config(adapter, config)
+    rows = _read(settings.rows, settings.problems, settings, config.on_bad_row)
     eval_rows = None
     if settings.eval_rows is not None:
-        eval_rows = _read(settings.eval_rows, settings.eval_problems or settings.problems, settings)
+        eval_rows = _read(settings.eval_rows, settings.eval_problems or settings.problems, settings, config.on_bad_row)
     elif config.eval_strategy != "no":
         raise InputError(f"eval_strategy: {IntervalStrategy(config.eval_strategy).value} needs eval_rows")
     with reading_input("model"):
         model = model_path(settings.model)
     with reading_input():  # of rows as of models: the message says which
-        trainer = PRMTrainer(model, config, train_dataset=rows, eval_dataset=eval_rows)
+        trainer = PRMTrainer(model, config, train_dataset=rows, eval_dataset=eval_rows, peft_config=peft_config)
     if trainer.is_world_process_zero():
-        write_settings(str(config.output_dir), (settings, config))
+        write_settings(str(config.output_dir), (settings, config, adapter))
     _log_lines(trainer)
     checkpoint = config.resume_from_checkpoint
     if checkpoint == "last":
@@ -99,7 +127,24 @@ def run(settings: TrainSettings, config: "PRMConfig") -> int:
     return 0
 
 
-def _read(path: str, problems_path: str | None, settings: TrainSettings) -> "datasets.Dataset | list[dict[str, Any]]":
+def _peft_config(adapter: AdapterSettings, config: "PRMConfig") -> "LoraConfig | None":
+    if not adapter.use_peft:
+        return None
+    from peft import LoraConfig
+
+    if adapter.lora_dropout and config.disable_dropout:
+        raise InputError(f"lora_dropout: {adapter.lora_dropout} does nothing while disable_dropout is true")
+    return LoraConfig(
+        r=adapter.lora_r,
+        lora_alpha=adapter.lora_alpha,
+        lora_dropout=adapter.lora_dropout,
+        target_modules=adapter.lora_target_modules or "all-linear",
+    )
+
+
+def _read(
+    path: str, problems_path: str | None, settings: TrainSettings, on_bad_row: str
+) -> "datasets.Dataset | list[dict[str, Any]]":
     """Read rows, and join their problems' images."""
     from mm_prm.commands.files import columns_of, read_table
     from mm_prm.data import join_problems, load_problems
@@ -111,17 +156,35 @@ def _read(path: str, problems_path: str | None, settings: TrainSettings) -> "dat
     if problems_path is None:
         print(f"train: {path} has no images and `problems` is not given: no picture will be seen", file=sys.stderr)
         return rows
+    if on_bad_row == "skip":
+        rows = _good_rows(path, rows)
     with reading_input(path):
         validate_rows("stepwise", rows)
     with reading_input(problems_path):
         problems, skipped = load_problems(
-            problems_path, image_root=settings.image_root, on_bad_row=settings.on_bad_row
+            problems_path, image_root=settings.image_root, on_bad_row=cast("Literal['raise', 'skip']", on_bad_row)
         )
         bad_ids = {entry["id"] for entry in skipped} - set(problems["id"])  # a duplicate's id is also a good one's
         kept = [row for row in rows if row["problem_id"] not in bad_ids] if bad_ids else rows
         if len(kept) < len(rows):
             print(f"train: {len(rows) - len(kept)} rows of {len(bad_ids)} bad problems are left out", file=sys.stderr)
         return join_problems(kept, problems)
+
+
+def _good_rows(path: str, rows: Any) -> list[dict[str, Any]]:
+    """Leave out rows that are no stepwise rows; count and list them."""
+    from mm_prm.data.features import RowError, validate_rows
+
+    good = []
+    for number, row in enumerate(rows):
+        try:
+            validate_rows("stepwise", [row])
+            good.append(row)
+        except RowError as error:
+            print(f"train: {path}: row {number}: {error}", file=sys.stderr)
+    if len(good) < len(rows):
+        print(f"train: {len(rows) - len(good)} of {len(rows)} rows are bad and are left out", file=sys.stderr)
+    return good
 
 
 def _log_lines(trainer: Any) -> None:

@@ -3,7 +3,8 @@ Prefix-tree packing: rows of one problem become one sequence in which every shar
 
 Rows of a tree share image, question and their first steps. Laid out as the tree that they are, each token attends to the
 tokens on its own path only, at the position that it has in its row alone; so the model computes for every row what it
-would compute for it alone, and shared parts once.
+would compute for it alone, and shared parts once. Several trees, or plain rows, may stand one behind another in a
+sequence: none sees another, and nothing is padded.
 """
 
 from collections.abc import Sequence
@@ -127,6 +128,32 @@ def _pack(
     return PackedRows([row for row, _ in group], paths, ids, depths, mask, means, weights.astype(np.float32))
 
 
+def fill(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """
+    Puts sequences one behind another into as few long ones as first-fit decreasing finds.
+
+    Args:
+        lengths (`Sequence[int]`):
+            Length of each sequence.
+        max_tokens (`int`):
+            Longest sum of lengths. A sequence that is longer stays alone.
+
+    Returns:
+        `list[list[int]]`: Numbers of the sequences that stand one behind another, each once.
+    """
+    layout: list[list[int]] = []
+    room: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        place = next((place for place, left in enumerate(room) if left >= lengths[number]), None)
+        if place is None:
+            place = len(layout)
+            layout.append([])
+            room.append(max_tokens)
+        layout[place].append(number)
+        room[place] -= lengths[number]
+    return layout
+
+
 def _shared_length(first: np.ndarray, second: np.ndarray) -> int:
     shorter = min(len(first), len(second))
     differ = np.flatnonzero(first[:shorter] != second[:shorter])
@@ -135,7 +162,7 @@ def _shared_length(first: np.ndarray, second: np.ndarray) -> int:
 
 class TreePacker:
     """
-    Packs rows into one sequence for each prompt, and gives the model's inputs.
+    Packs rows into trees, one for each prompt, and gives the model's inputs.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -143,15 +170,24 @@ class TreePacker:
         processor ([`ProcessRewardProcessor`]):
             Its processor, which encodes the rows.
         max_tokens (`int`, *optional*):
-            Longest sequence; see [`pack_rows`].
+            Longest tree; see [`pack_rows`].
+        share_prefixes (`bool`, *optional*, defaults to `True`):
+            Whether rows with the same prompt become one tree. If not, each row stays as it is, a tree of one path.
 
     Raises:
         `ValueError`: If the architecture is not one that reads packed trees as it reads single rows.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessRewardProcessor, max_tokens: int | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessRewardProcessor,
+        max_tokens: int | None = None,
+        share_prefixes: bool = True,
+    ):
         self.processor = processor
         self.max_tokens = max_tokens
+        self.share_prefixes = share_prefixes
         self.positions = PositionPrecomputer.for_model(model)
         text = model.config.get_text_config()
         if self.positions is None and model.config.model_type not in _PLAIN_MODEL_TYPES:
@@ -184,7 +220,7 @@ class TreePacker:
             label_weights = [np.ones_like(labels) for labels in rows.labels]
         by_prompt: dict[int, list[int]] = {}
         for row, number in enumerate(rows.prompts.numbers):
-            by_prompt.setdefault(number, []).append(row)
+            by_prompt.setdefault(number if self.share_prefixes else row, []).append(row)
         packed = []
         for members in by_prompt.values():
             sequences = pack_rows(
@@ -198,7 +234,9 @@ class TreePacker:
             packed += sequences
         return packed
 
-    def collate(self, rows: EncodedRows, packed: Sequence[PackedRows]) -> dict[str, torch.Tensor]:
+    def collate(
+        self, rows: EncodedRows, packed: Sequence[PackedRows], layout: Sequence[Sequence[int]] | None = None
+    ) -> dict[str, torch.Tensor]:
         """
         Returns the model's inputs: `input_ids`, `step_mask`, `labels` and `label_weights` of shape `(num_sequences,
         sequence_length)`, `attention_mask` (`torch.BoolTensor` of shape `(num_sequences, 1, sequence_length,
@@ -208,29 +246,40 @@ class TreePacker:
             rows ([`EncodedRows`]):
                 The rows.
             packed (`Sequence[PackedRows]`):
-                Sequences that were made of them.
+                Trees that were made of them.
+            layout (`Sequence[Sequence[int]]`, *optional*):
+                Numbers of the trees that stand one behind another in each sequence; see [`fill`]. Defaults to a sequence
+                for each tree.
         """
+        if layout is None:
+            layout = [[number] for number in range(len(packed))]
         # Rows of a mask that are multiples of 8 long may go to PyTorch's fast kernels
-        length = -(-max(len(sequence.input_ids) for sequence in packed) // 8) * 8
-        shape = (len(packed), length)
+        length = -(-max(sum(len(packed[number]) for number in numbers) for numbers in layout) // 8) * 8
+        shape = (len(layout), length)
         input_ids = np.full(shape, self.processor.padding_id, dtype=np.int64)
-        mask = np.zeros((len(packed), 1, length, length), dtype=bool)
+        mask = np.zeros((len(layout), 1, length, length), dtype=bool)
         # Padding attends to itself: a softmax over nothing would be NaN
         mask[:, :, np.arange(length), np.arange(length)] = True
         depths = np.zeros(shape, dtype=np.int64)
         labels = np.full(shape, np.nan, dtype=np.float32)
         weights = np.zeros(shape, dtype=np.float32)
         types = {key: np.zeros(shape, dtype=np.int64) for key in rows.prompts.token_types}
-        prompts = [rows.prompts.numbers[sequence.rows[0]] for sequence in packed]
-        for index, (sequence, number) in enumerate(zip(packed, prompts, strict=True)):
-            end = len(sequence.input_ids)
-            input_ids[index, :end] = sequence.input_ids
-            mask[index, 0, :end, :end] = sequence.attention_mask
-            depths[index, :end] = sequence.depths
-            labels[index, :end] = sequence.labels
-            weights[index, :end] = sequence.label_weights
+        places: list[tuple[PackedRows, int, slice]] = []
+        for index, numbers in enumerate(layout):
+            start = 0
+            for number in numbers:
+                place = slice(start, start + len(packed[number]))
+                places.append((packed[number], index, place))
+                start = place.stop
+        prompts = [rows.prompts.numbers[tree.rows[0]] for tree, _, _ in places]
+        for (tree, index, place), prompt in zip(places, prompts, strict=True):
+            input_ids[index, place] = tree.input_ids
+            mask[index, 0, place, place] = tree.attention_mask
+            depths[index, place] = tree.depths
+            labels[index, place] = tree.labels
+            weights[index, place] = tree.label_weights
             for key, values in rows.prompts.token_types.items():
-                types[key][index, : len(values[number])] = values[number]
+                types[key][index, place.start : place.start + len(values[prompt])] = values[prompt]
         arrays = {
             "input_ids": input_ids,
             "attention_mask": mask,
@@ -243,27 +292,31 @@ class TreePacker:
         tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
         tensors |= rows.prompts.images(prompts)
         if self.positions is not None:
-            tensors |= self._row_positions(self.positions, rows, packed, tensors)
+            tensors |= self._row_positions(self.positions, rows, places, prompts, tensors)
         return tensors
 
     def _row_positions(
         self,
         positions: PositionPrecomputer,
         rows: EncodedRows,
-        packed: Sequence[PackedRows],
+        places: Sequence[tuple[PackedRows, int, slice]],
+        prompts: Sequence[int],
         tensors: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        """Positions as each row alone has them: those of the longest row, at every token's depth."""
-        longest = [max((rows.input_ids[row] for row in sequence.rows), key=len) for sequence in packed]
-        ids = torch.from_numpy(pad(longest, self.processor.padding_id))
+        """Positions as each row alone has them: those of the longest row of each tree, at every token's depth."""
+        longest = [max((rows.input_ids[row] for row in tree.rows), key=len) for tree, _, _ in places]
+        types = [rows.prompts.token_types["mm_token_type_ids"][prompt] for prompt in prompts]
         alone = {
-            "input_ids": ids,
+            "input_ids": torch.from_numpy(pad(longest, self.processor.padding_id)),
             "attention_mask": torch.from_numpy(pad([np.ones_like(row) for row in longest], 0)),
-            "mm_token_type_ids": tensors["mm_token_type_ids"][:, : ids.shape[1]],
+            "mm_token_type_ids": torch.from_numpy(pad(types, 0, like=longest)),
         }
         if "image_grid_thw" in tensors:
             alone["image_grid_thw"] = tensors["image_grid_thw"]
         of_rows = positions(alone)
         if "position_ids" in of_rows:
-            of_rows["position_ids"] = of_rows["position_ids"].gather(2, tensors["position_ids"].expand(3, -1, -1))
+            of_trees = of_rows["position_ids"]
+            of_rows["position_ids"] = torch.zeros((3, *tensors["position_ids"].shape), dtype=of_trees.dtype)
+            for number, (tree, index, place) in enumerate(places):
+                of_rows["position_ids"][:, index, place] = of_trees[:, number, torch.from_numpy(tree.depths)]
         return of_rows

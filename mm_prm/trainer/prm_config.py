@@ -6,9 +6,12 @@ from typing import Any
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
-LABEL_MODES = ("soft", "hard")
+LABEL_MODES = ("soft", "hard", "smoothed")
 LABEL_WEIGHTINGS = ("none", "num_judged")
-PACKINGS = ("none", "tree")
+PACKINGS = ("none", "rows", "tree")
+ON_BAD_ROW = ("raise", "skip")
+# Longest sequence of token classification models where nothing is set, as in TRL
+_DEFAULT_MAX_LENGTH = 1024
 
 
 @dataclass
@@ -30,29 +33,52 @@ class PRMConfig(_BaseConfig):
         model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments of `from_pretrained`, used when the `model` argument of the [`PRMTrainer`] is a string.
         freeze_vision_tower (`bool`, *optional*, defaults to `True`):
-            Whether to leave the vision tower as it is.
+            Whether to leave the vision tower as it is, with its connector where the architecture counts it to the tower
+            (Qwen-VL).
+        freeze_connector (`bool`, *optional*, defaults to `False`):
+            Whether to leave what stands between vision tower and language model as it is.
+        freeze_language_model (`bool`, *optional*, defaults to `False`):
+            Whether to leave the language model as it is, its embeddings and its head included.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to disable dropout in the model.
 
         > Parameters that control the data
 
-        max_length (`int`, *optional*):
+        max_length (`int`, *optional*, defaults to `-1`):
             Longest sequence in tokens, images included. Whole trailing steps are dropped with their labels; rows that
-            have no label left are dropped before training and counted. If `None`, nothing is cut.
+            have no label left are dropped before training and counted. Token classification models are cut at a token, as
+            in TRL. If `None`, nothing is cut. -1 stands for 1024 for token classification models and for `None` otherwise.
+        on_bad_row (`str`, *optional*, defaults to `"raise"`):
+            At a row that cannot be used, `"raise"` names it and stops before training, `"skip"` leaves it out, and counts
+            and lists those left out.
         packing (`str`, *optional*, defaults to `"none"`):
-            `"tree"` lays the rows of one tree (of one `problem_id`) in a batch out as one sequence, in which image,
-            question and every shared step stand once; loss and gradients are those of `"none"`. Batches still count rows.
+            `"rows"` lays rows one behind another instead of padding them. `"tree"` lays the rows of one tree (of one
+            `problem_id`) in a batch out as one sequence, in which image, question and every shared step stand once. Loss
+            and gradients are those of `"none"`. Batches still count rows.
         max_tokens (`int`, *optional*):
-            Longest packed sequence. A tree that is longer is split, and what its parts share is repeated. If `None`,
-            trees are not split.
+            Longest packed sequence: rows or trees fill it one behind another. A tree that is longer is split, and what its
+            parts share is repeated. If `None`, sequences are as long as the longest row or tree of the batch.
         label_mode (`str`, *optional*, defaults to `"soft"`):
-            `"soft"` trains on the labels as they are, `"hard"` on 1 for labels above `hard_threshold` and 0 for others.
+            `"soft"` trains on the labels as they are, `"hard"` on 1 for labels above `hard_threshold` and 0 for others,
+            `"smoothed"` on (label · n + 1) / (n + 2), where n is the number of judged rollouts behind the label (column
+            `num_judged`): few rollouts say little.
         hard_threshold (`float`, *optional*, defaults to `0.0`):
             Labels above it count as right in label mode `"hard"`. With Monte Carlo labels, 0 calls a step right if any
             rollout from it ended right.
         label_weighting (`str`, *optional*, defaults to `"none"`):
             `"none"` weighs all labels alike, `"num_judged"` by the number of judged rollouts behind them (column
             `num_judged`).
+        train_on_last_step_only (`bool`, *optional*, defaults to `False`):
+            Whether to train on the label of each row's last step alone. Evaluation reads all labels.
+
+    > Parameters that control token classification models
+
+        step_separator (`str`, *optional*, defaults to `"\n"`):
+            What follows each step; its last token has the label.
+        max_completion_length (`int`, *optional*):
+            Longest completion in tokens, all steps together. If `None`, it is not cut.
+        dataset_num_proc (`int`, *optional*):
+            Number of processes that tokenise.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -77,32 +103,48 @@ class PRMConfig(_BaseConfig):
         metadata={"help": "Keyword arguments of `from_pretrained`, used when `model` is a string."},
     )
     freeze_vision_tower: bool = field(default=True, metadata={"help": "Whether to leave the vision tower as it is."})
+    freeze_connector: bool = field(
+        default=False,
+        metadata={"help": "Whether to leave what stands between vision tower and language model as it is."},
+    )
+    freeze_language_model: bool = field(
+        default=False, metadata={"help": "Whether to leave the language model as it is, head included."}
+    )
     disable_dropout: bool = field(default=True, metadata={"help": "Whether to disable dropout in the model."})
 
     # Parameters that control the data
     max_length: int | None = field(
-        default=None,
+        default=-1,
         metadata={
             "help": "Longest sequence in tokens, images included. Whole trailing steps are dropped with their labels; "
-            "rows that have no label left are dropped before training and counted. If `None`, nothing is cut."
+            "rows that have no label left are dropped before training and counted. If `None`, nothing is cut. -1 stands "
+            "for 1024 for token classification models and for `None` otherwise."
         },
+    )
+    on_bad_row: str = field(
+        default="raise",
+        metadata={"help": "At a row that cannot be used: stop, or leave it out.", "choices": ON_BAD_ROW},
     )
     packing: str = field(
         default="none",
         metadata={
-            "help": "'tree' lays the rows of one tree in a batch out as one sequence, in which image, question and every "
-            "shared step stand once; loss and gradients are those of 'none'.",
+            "help": "'rows' lays rows one behind another instead of padding them; 'tree' lays the rows of one tree in a "
+            "batch out as one sequence, in which image, question and every shared step stand once. Loss and gradients "
+            "are those of 'none'.",
             "choices": PACKINGS,
         },
     )
     max_tokens: int | None = field(
-        default=None, metadata={"help": "Longest packed sequence. If `None`, trees are not split."}
+        default=None,
+        metadata={
+            "help": "Longest packed sequence. If `None`, sequences are as long as the longest row or tree of the batch."
+        },
     )
     label_mode: str = field(
         default="soft",
         metadata={
             "help": "'soft' trains on the labels as they are, 'hard' on 1 for labels above `hard_threshold` and 0 for "
-            "others.",
+            "others, 'smoothed' on (label * num_judged + 1) / (num_judged + 2).",
             "choices": LABEL_MODES,
         },
     )
@@ -116,6 +158,16 @@ class PRMConfig(_BaseConfig):
             "choices": LABEL_WEIGHTINGS,
         },
     )
+    train_on_last_step_only: bool = field(
+        default=False, metadata={"help": "Whether to train on the label of each row's last step alone."}
+    )
+
+    # Parameters that control token classification models
+    step_separator: str = field(default="\n", metadata={"help": "What follows each step; its last token has the label."})
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "Longest completion in tokens. If `None`, it is not cut."}
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Number of processes that tokenise."})
 
     def __post_init__(self):
         if self.bf16 is None:
@@ -123,19 +175,36 @@ class PRMConfig(_BaseConfig):
         super().__post_init__()
         # Without an accelerator there is nothing to pin memory for, and torch warns at each epoch
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
-        if self.label_mode not in LABEL_MODES:
-            raise ValueError(f"label_mode = {self.label_mode!r}: must be one of {', '.join(LABEL_MODES)}")
-        if self.label_weighting not in LABEL_WEIGHTINGS:
-            raise ValueError(
-                f"label_weighting = {self.label_weighting!r}: must be one of {', '.join(LABEL_WEIGHTINGS)}"
-            )
-        if self.packing not in PACKINGS:
-            raise ValueError(f"packing = {self.packing!r}: must be one of {', '.join(PACKINGS)}")
+        for name, choices in (
+            ("label_mode", LABEL_MODES),
+            ("label_weighting", LABEL_WEIGHTINGS),
+            ("packing", PACKINGS),
+            ("on_bad_row", ON_BAD_ROW),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: must be one of {', '.join(choices)}")
         if self.max_tokens is not None and self.packing == "none":
             raise ValueError(f"max_tokens = {self.max_tokens}: packing is 'none'; max_length cuts rows")
         if not 0 <= self.hard_threshold < 1:
             raise ValueError(f"hard_threshold = {self.hard_threshold}: must be at least 0 and below 1")
-        if self.max_length is not None and self.max_length < 1:
+        if self.max_length is not None and self.max_length < 1 and self.max_length != -1:
             raise ValueError(f"max_length = {self.max_length}: must be positive, or None to cut nothing")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns = True: must be False, the collator reads the rows as they are")
+
+    @property
+    def needs_num_judged(self) -> bool:
+        """Whether each label must come with its number of judged rollouts."""
+        return self.label_weighting == "num_judged" or self.label_mode == "smoothed"
+
+    def longest_sequence(self, *, token_classification: bool) -> int | None:
+        """
+        Returns `max_length`, with -1 resolved.
+
+        Args:
+            token_classification (`bool`):
+                Whether the model is a plain token classification model.
+        """
+        if self.max_length == -1:
+            return _DEFAULT_MAX_LENGTH if token_classification else None
+        return self.max_length

@@ -1,7 +1,7 @@
 """The rows that a trainer reads: checked one by one before training, and left out where they teach nothing."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,13 @@ class RowView:
     def text_lengths(self) -> list[int]:
         """Characters of each row's question and steps."""
         lengths = [
-            len(row["prompt"]) + sum(map(len, row["completions"])) for row in _rows_without_images(self.rows)
+            len(_question(row)) + sum(map(len, row["completions"])) for row in _rows_without_images(self.rows)
         ]
         return [lengths[number] for number in self.indices]
 
     def trees(self) -> list[str]:
         """The tree of each row: its problem, or its question where the problem has no id."""
-        trees = [row.get("problem_id") or row["prompt"] for row in _rows_without_images(self.rows)]
+        trees = [row.get("problem_id") or _question(row) for row in _rows_without_images(self.rows)]
         return [trees[number] for number in self.indices]
 
 
@@ -68,6 +68,7 @@ def prepare_rows(
     *,
     max_length: int | None = None,
     needs_num_judged: bool = False,
+    skip_bad_rows: bool = False,
 ) -> RowView:
     """
     Checks every row and leaves out those without a label, and those that have none left within `max_length`.
@@ -81,33 +82,49 @@ def prepare_rows(
             Longest sequence in tokens.
         needs_num_judged (`bool`, *optional*, defaults to `False`):
             Whether each label must have its number of judged rollouts.
+        skip_bad_rows (`bool`, *optional*, defaults to `False`):
+            Whether bad rows are left out, counted and listed.
 
     Raises:
-        [`RowError`]: At the first bad row, naming row, field, value and what to do.
+        [`RowError`]: At the first bad row, naming row, field, value and what to do, unless `skip_bad_rows`.
     """
     if isinstance(rows, datasets.IterableDataset) or not hasattr(rows, "__len__"):
         raise TypeError(
             f"the dataset is a {type(rows).__name__}; rows are checked before training, so it must be a datasets.Dataset "
             "or a list of rows"
         )
-    _check_images(rows)
+    bad: dict[int, RowError] = {}
+
+    def refuse(index: int, error: RowError) -> None:
+        if not skip_bad_rows:
+            raise error
+        bad.setdefault(index, error)
+
+    _check_images(rows, refuse)
     if isinstance(rows, datasets.Dataset) and "images" in rows.column_names:
         # The processor decodes a picture once, however many rows of a batch show it
         rows = rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
-    labelled, measured = [], []
+    usable, measured = [], []
     for index, row in enumerate(_rows_without_images(rows)):
-        _check_row(index, row, needs_num_judged)
-        first = next((step for step, label in enumerate(row["labels"]) if label is not None), None)
-        if first is not None:
-            labelled.append(index)
-            measured.append(first)
-    _report(len(rows) - len(labelled), len(rows), "have no label")
+        try:
+            _check_row(index, row, needs_num_judged)
+        except RowError as error:
+            refuse(index, error)
+        if index not in bad:
+            usable.append(index)
+            measured.append(next((step for step, label in enumerate(row["labels"]) if label is not None), None))
+    if bad:
+        listed = "\n".join(str(bad[index]) for index in sorted(bad))
+        logger.warning(f"{len(bad)} of {len(rows)} rows are bad and are left out:\n{listed}")
+    labelled = [index for index, first in zip(usable, measured, strict=True) if first is not None]
+    first_steps = [first for first in measured if first is not None]
+    _report(len(usable) - len(labelled), len(rows), "have no label")
     fitting = labelled
     if max_length is not None:
         view = RowView(rows, labelled)
         fitting = [
             labelled[number]
-            for number, first in enumerate(measured)
+            for number, first in enumerate(first_steps)
             if _num_tokens(processor, view[number], first) <= max_length
         ]
         _report(len(labelled) - len(fitting), len(rows), f"have no label within max_length = {max_length} tokens")
@@ -118,7 +135,34 @@ def prepare_rows(
 
 def to_problem(row: Mapping[str, Any]) -> dict[str, Any]:
     """The problem of a row, as the processor reads it."""
-    return {"id": row.get("problem_id"), "question": row["prompt"], "images": row.get("images") or []}
+    return {"id": row.get("problem_id"), "question": _question(row), "images": row.get("images") or []}
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    """The question of a bare prompt, or of a conversation that is one user turn."""
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        return prompt
+    content = prompt[0]["content"]
+    if isinstance(content, str):
+        return content
+    return "".join("<image>" if part["type"] == "image" else part["text"] for part in content)
+
+
+def _check_prompt(prompt: Any) -> str | None:
+    """What is wrong with a prompt, if anything."""
+    if isinstance(prompt, str):
+        return None if prompt.strip() else "must be the question as text"
+    if not isinstance(prompt, list) or len(prompt) != 1 or not isinstance(prompt[0], Mapping):
+        return "must be the question as text, or a conversation of one user turn"
+    content = prompt[0].get("content")
+    if prompt[0].get("role") != "user" or not isinstance(content, (str, list)) or not content:
+        return "must be one user turn, {'role': 'user', 'content': text or a list of parts}"
+    for part in content if isinstance(content, list) else []:
+        is_text = part.get("type") == "text" and isinstance(part.get("text"), str)
+        if not is_text and part.get("type") != "image":
+            return f"has a part that is neither text nor image: {part}"
+    return None
 
 
 def _num_tokens(processor: ProcessRewardProcessor, row: Mapping[str, Any], last_step: int) -> int:
@@ -138,13 +182,22 @@ def _rows_without_images(rows: datasets.Dataset | Sequence[Mapping[str, Any]]) -
         yield from rows
 
 
-def _check_images(rows: datasets.Dataset | Sequence[Mapping[str, Any]]) -> None:
+def _check_images(
+    rows: datasets.Dataset | Sequence[Mapping[str, Any]], refuse: Callable[[int, RowError], None]
+) -> None:
     """Checks that all images are there. Nothing is decoded."""
+
+    def check(index: int, number: int, image: Any) -> None:
+        try:
+            _check_image(index, number, image)
+        except RowError as error:
+            refuse(index, error)
+
     if not isinstance(rows, datasets.Dataset):
         for index, row in enumerate(rows):
             for number, image in enumerate(row.get("images") or []):
                 if not isinstance(image, Image.Image):
-                    _check_image(index, number, image)
+                    check(index, number, image)
     elif "images" in rows.column_names:
         start = 0
         for batch in rows.select_columns(["images"]).with_format("arrow").iter(batch_size=_READ_AT_ONCE):
@@ -158,7 +211,7 @@ def _check_images(rows: datasets.Dataset | Sequence[Mapping[str, Any]]) -> None:
             for offset, count in enumerate(counts):
                 for number in range(count):
                     if not here[position + number]:
-                        _check_image(start + offset, number, {"bytes": None, "path": paths[position + number]})
+                        check(start + offset, number, {"bytes": None, "path": paths[position + number]})
                 position += count
             start += len(counts)
 
@@ -180,8 +233,9 @@ def _check_row(index: int, row: Mapping[str, Any], needs_num_judged: bool) -> No
         if column not in row:
             fail(column, None, f"the dataset has no such column; it has {', '.join(row)}")
     prompt, steps, labels = (row[column] for column in _COLUMNS)
-    if not isinstance(prompt, str) or not prompt.strip():
-        fail("prompt", prompt, "must be the question as text")
+    wrong = _check_prompt(prompt)
+    if wrong is not None:
+        fail("prompt", prompt, wrong)
     if not isinstance(steps, list) or not steps:
         fail("completions", steps, "must be a list of at least one step")
     for number, step in enumerate(steps):

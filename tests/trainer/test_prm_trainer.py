@@ -307,11 +307,11 @@ def test_model_card_is_written_without_network(tiny_prm_path, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"label_mode": "smooth"}, "label_mode = 'smooth': must be one of soft, hard"),
+        ({"label_mode": "smooth"}, "label_mode = 'smooth': must be one of soft, hard, smoothed"),
         ({"label_weighting": "visits"}, "label_weighting = 'visits'"),
         ({"hard_threshold": 1.0}, "hard_threshold = 1.0"),
         ({"max_length": 0}, "max_length = 0"),
-        ({"packing": "trees"}, "packing = 'trees': must be one of none, tree"),
+        ({"packing": "trees"}, "packing = 'trees': must be one of none, rows, tree"),
         ({"max_tokens": 100}, "max_tokens = 100: packing is 'none'"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
     ],
