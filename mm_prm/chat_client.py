@@ -7,7 +7,9 @@ requests cost no hundreds of threads, and a cancelled request closes its connect
 """
 
 import asyncio
+import base64
 import email.utils
+import io
 import json
 import logging
 import math
@@ -19,11 +21,14 @@ import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
 from mm_prm.data.text import IMAGE_MARKER, neutralize_special_tokens
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +68,14 @@ class ChatChoice:
             Why it ended: `"stop"`, `"length"`, …
         stopped_at (`str`, *optional*):
             The text of the request's `stop` at which it ended; `""` if at none, `None` if the server does not say.
+        first_tokens (`tuple[tuple[str, float], ...]`, *optional*, defaults to `()`):
+            The most probable first tokens with their log-probabilities, where the request asks for `top_logprobs`.
     """
 
     text: str
     finish_reason: str
     stopped_at: str | None = None
+    first_tokens: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -260,6 +268,13 @@ class _Exchange:
             raise _Retry(f"an answer that is none ({type(error).__name__}: {error}): {_quote(body)}") from error
 
 
+def image_data_url(image: "Image.Image") -> str:
+    """A picture as a `data:` URL, a PNG file within the request."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
 def neutralize_chat_markup(text: str) -> str:
     """
     Breaks up what looks like a special token, for servers whose tokenizer is not at hand.
@@ -319,7 +334,17 @@ def _read_choice(choice: Any) -> ChatChoice:
     for name in ("stop_reason", "matched_stop"):  # vLLM's name and SGLang's; a number is that of an end token
         if name in choice:
             stopped_at = choice[name] if isinstance(choice[name], str) else ""
-    return ChatChoice(text, reason, stopped_at)
+    return ChatChoice(text, reason, stopped_at, _read_first_tokens(choice.get("logprobs")))
+
+
+def _read_first_tokens(logprobs: Any) -> tuple[tuple[str, float], ...]:
+    if not logprobs or not logprobs.get("content"):  # not asked for, or not known to the server
+        return ()
+    tokens = tuple((entry["token"], entry["logprob"]) for entry in logprobs["content"][0].get("top_logprobs") or ())
+    for token, logprob in tokens:
+        if not isinstance(token, str) or not isinstance(logprob, int | float) or not logprob <= 1e-3:  # NaN is none
+            raise TypeError("top_logprobs have to be texts with log-probabilities")
+    return tokens
 
 
 def _count(value: Any) -> int | None:

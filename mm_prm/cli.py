@@ -16,6 +16,7 @@ from mm_prm.commands import InputError
 COMMANDS = {
     "annotate": "grow a tree of judged rollouts for each problem",
     "judge": "check answers against gold answers",
+    "judge-steps": "let a language model judge every step of trees",
     "rows": "turn trees into stepwise rows to train on",
     "train": "train a process reward model on stepwise rows",
     "score": "give every step of every candidate solution its score",

@@ -15,7 +15,8 @@ class ChatServer:
     """
     Args:
         answer (`Callable`):
-            Gives the texts of a payload's samples, or pairs of text and finish reason.
+            Gives the texts of a payload's samples, or pairs of text and finish reason, or, for payloads that ask for
+            `top_logprobs`, the log-probabilities of first tokens by token.
         continues (`bool`, *optional*, defaults to `True`):
             Whether it goes on with an unfinished assistant message.
         failures (`list[str]`, *optional*):
@@ -66,7 +67,7 @@ class ChatServer:
     def handle(self, request):
         payload = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
         assert request.path == "/v1/chat/completions"
-        is_probe = payload.get("max_tokens") == 1
+        is_probe = payload.get("max_tokens") == 1 and "top_logprobs" not in payload
         with self.lock:
             (self.probes if is_probe else self.payloads).append(payload)
             self.headers.append(dict(request.headers))
@@ -83,13 +84,20 @@ class ChatServer:
                 self.in_flight -= 1
 
     def reply(self, request, payload, failure):
-        answers = ["x"] if payload.get("max_tokens") == 1 else self.answer(payload)
+        is_probe = payload.get("max_tokens") == 1 and "top_logprobs" not in payload
+        answers = ["x"] if is_probe else self.answer(payload)
+        first_tokens = [item if isinstance(item, dict) else None for item in answers]
+        answers = [(max(item, key=item.get), "length") if isinstance(item, dict) else item for item in answers]
         choices = [
             {"index": index, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
             for index, (text, reason) in enumerate(
                 (item, "stop") if isinstance(item, str | None) else item for item in answers
             )
         ]
+        for choice, logprobs in zip(choices, first_tokens, strict=True):
+            if logprobs is not None:
+                listed = [{"token": token, "logprob": logprob, "bytes": None} for token, logprob in logprobs.items()]
+                choice["logprobs"] = {"content": [{**listed[0], "top_logprobs": listed}]}
         tokens = sum(len((choice["message"]["content"] or "").split()) for choice in choices)
         body: Any = {
             "choices": choices[::-1],  # their index says the order
