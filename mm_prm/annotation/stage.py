@@ -20,9 +20,9 @@ class MCTSAnnotator:
     Adds the columns of a tree to each problem.
 
     A thin view of [`annotate`], with the same journal: what the command line has annotated, `map` takes from the
-    journal, and the other way round, if `policy_settings` and `judge_settings` are given as it gives them. It pickles as its settings, and opens policy, judge and journal only when it
-    meets a problem that needs them, so its fingerprint follows from the settings alone and `datasets` finds the
-    result of an earlier run. The trees of one batch grow together: keep `batch_size` at `trees_in_flight` or above.
+    journal, and the other way round; a setting that is left out is the same as its default. It pickles as its settings,
+    and opens policy, judge and journal only when it meets a problem that needs them, so its fingerprint follows from the
+    settings alone and `datasets` finds the result of an earlier run. The trees of one batch grow together: keep `batch_size` at `trees_in_flight` or above.
 
     Args:
         policy (`str` or `os.PathLike`):
@@ -32,11 +32,10 @@ class MCTSAnnotator:
         journal (`str` or `os.PathLike`, *optional*):
             Journal in which finished trees are kept.
         policy_settings (`Mapping`, *optional*):
-            Further arguments of `open_policy`, values that JSON can hold. They are part of the journal's key; those of
-            the command line are `AnnotateSettings(...).policy_settings()` in `mm_prm.commands.annotate`.
+            Further arguments of `open_policy`, values that JSON can hold. They are part of the journal's key, except
+            those that say only where and how fast, as `device` and `batch_size`.
         judge_settings (`Mapping`, *optional*):
-            Arguments of `open_judge`, values that JSON can hold; part of the journal's key, too. The command line's are
-            `{"timeout_seconds": 5.0}`.
+            Arguments of `open_judge`, values that JSON can hold; part of the journal's key, too.
         open_policy (`Callable`, *optional*, defaults to `TransformersPolicy.from_pretrained`):
             Importable function that opens the policy: `open_policy(policy, **policy_settings)`.
         open_judge (`Callable`, *optional*, defaults to `RulesJudge`):
@@ -91,19 +90,23 @@ class MCTSAnnotator:
 
     def _open(self) -> Annotation:
         policy, open_policy, open_judge = self.policy, self.open_policy, self.open_judge
+        policy_settings, packages = self.policy_settings, ()
         if open_policy is None:
             from mm_prm.embedded import model_path
+            from mm_prm.policies.settings import default_dtype
             from mm_prm.policies.transformers import TransformersPolicy
 
             policy, open_policy = model_path(policy), TransformersPolicy.from_pretrained
+            dtype = policy_settings.get("dtype") or default_dtype(policy_settings.get("device"))
+            policy_settings = {**policy_settings, "dtype": dtype}
         if open_judge is None:
             from mm_prm.judges.rules import RulesJudge
 
-            open_judge = RulesJudge
+            open_judge, packages = RulesJudge, RulesJudge.packages
         return Annotation(
-            partial(open_policy, policy, **self.policy_settings),
+            partial(open_policy, policy, **policy_settings),
             partial(open_judge, **self.judge_settings),
             self.config,
-            policy_identity=describe(open_policy, policy, self.policy_settings),
-            judge_identity=describe(open_judge, None, self.judge_settings),
+            policy_identity=describe(open_policy, policy, policy_settings),
+            judge_identity=describe(open_judge, None, self.judge_settings, packages),
         )

@@ -4,16 +4,22 @@ mm-prm annotate --problems problems.json --policy path/to/policy --output trees 
 """
 
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mm_prm.annotation.config import AnnotationConfig
 from mm_prm.commands import InputError, reading_input
 from mm_prm.commands.judge_settings import JudgeSettings
 from mm_prm.commands.policy_settings import PolicySettings
 from mm_prm.settings import parse_settings
+
+if TYPE_CHECKING:
+    from mm_prm.annotation.annotator import Progress
+
+_SECONDS_PER_NOTE = 0.1
+_SECONDS_OF_RATES = 30.0
 
 
 @dataclass
@@ -33,6 +39,9 @@ class AnnotateSettings(PolicySettings, JudgeSettings):
             At a problem that cannot be used: stop before anything is annotated, or leave it out and list it.
         limit (`int`, *optional*):
             Annotate at most so many problems.
+        shard (`str`, *optional*):
+            I/N, for a job array: annotate every N-th problem only, from the I-th on (1 to N). Output and journal are
+            named after it. `mm-prm journal merge` joins the journals.
         journal (`str`, *optional*):
             File that keeps every finished tree; a run that was killed goes on after it. OUTPUT.journal.sqlite if not
             given. Keep it on a local disk.
@@ -45,6 +54,7 @@ class AnnotateSettings(PolicySettings, JudgeSettings):
     image_root: str | None = None
     on_bad_row: Literal["raise", "skip"] = "raise"
     limit: int | None = None
+    shard: str | None = None
     journal: str | None = None
     output_json: str | None = None
 
@@ -68,7 +78,8 @@ def run(settings: AnnotateSettings, config: AnnotationConfig) -> int:
     from mm_prm.commands.progress import ProgressBar
     from mm_prm.data import load_problems
 
-    output = check_output(settings.output)
+    shard = _parse_shard(settings.shard)
+    output = check_output(_of_shard(settings.output, shard))
     write_settings_beside(output, (settings, config))
     logging.getLogger("mm_prm.data.mmk12").setLevel(logging.ERROR)  # what is left out is listed in the summary
     with reading_input(settings.problems):
@@ -78,6 +89,10 @@ def run(settings: AnnotateSettings, config: AnnotationConfig) -> int:
             on_bad_row=settings.on_bad_row,
             limit=settings.limit,
         )
+    if shard is not None:
+        number, of = shard
+        problems = problems.select(range(number - 1, len(problems), of))
+        bad_problems = bad_problems if number == 1 else []  # listed once
     with reading_input("policy"):
         settings.check_policy()
         policy_identity = settings.policy_identity()
@@ -100,13 +115,15 @@ def run(settings: AnnotateSettings, config: AnnotationConfig) -> int:
             Journal(journal_path) as journal,
             ProgressBar("annotate", len(problems)) as bar,
         ):
+            rates = Rates()
 
             def show(progress: Progress) -> None:
                 nonlocal last
+                is_due = progress.trees_done == len(problems) or rates.is_due(progress)
                 last = progress
-                growing = progress.trees_in_flight
-                note = f"{growing} trees growing, {progress.rollouts} rollouts"
-                bar.update(progress.trees_done, note, underway=growing, free=progress.trees_from_journal)
+                if is_due:
+                    underway, free = progress.trees_in_flight, progress.trees_from_journal
+                    bar.update(progress.trees_done, rates.note(progress), underway=underway, free=free)
 
             trees = annotate(
                 problems,
@@ -115,6 +132,8 @@ def run(settings: AnnotateSettings, config: AnnotationConfig) -> int:
                 config,
                 journal,
                 show,
+                # Rules work on the processor, where more threads than a few only take turns.
+                judge_concurrency=4 if settings.judge == "rules" else settings.judge_max_concurrency,
                 policy_identity=policy_identity,
                 judge_identity=settings.judge_identity(),
             )
@@ -122,6 +141,9 @@ def run(settings: AnnotateSettings, config: AnnotationConfig) -> int:
             write_rows("tree", summary.watch(trees), output, places)
     except JournalError as error:
         raise InputError(str(error)) from error
+    except OSError as error:  # a full disk
+        kept = f"{summary.trees['complete']} trees are in {journal_path}, and the same command goes on after them"
+        raise InputError(f"{output}: {error}; {kept}") from error
     except KeyboardInterrupt:
         done = summary.trees["complete"]
         print(
@@ -131,8 +153,59 @@ def run(settings: AnnotateSettings, config: AnnotationConfig) -> int:
         return 130
     report = summary.report(last, bad_problems)
     write_json(settings.output_json, report)
-    print_summary(report, settings.output)
+    print_summary(report, str(output))
     return 1 if report["trees"]["failed"] else 0
+
+
+def _parse_shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    number, slash, of = text.partition("/")
+    if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise InputError(f"shard: {text!r} has to be I/N with I from 1 to N, for example 1/8")
+    return int(number), int(of)
+
+
+def _of_shard(path: str, shard: tuple[int, int] | None) -> str:
+    """The name of a shard's output, before the suffix: trees.2-of-8.parquet."""
+    if shard is None:
+        return path
+    from mm_prm.commands.files import SUFFIXES
+
+    suffix = next((suffix for suffix in SUFFIXES if path.endswith(suffix)), "")
+    return f"{path.removesuffix(suffix).rstrip('/')}.{shard[0]}-of-{shard[1]}{suffix}"
+
+
+class Rates:
+    """What a run does a second now, over the last half minute."""
+
+    def __init__(self) -> None:
+        self._seen: deque[Progress] = deque()
+
+    def is_due(self, progress: "Progress") -> bool:
+        """Whether something new is to be shown: ten times a second, however fast the run is."""
+        return not self._seen or progress.seconds - self._seen[-1].seconds >= _SECONDS_PER_NOTE
+
+    def note(self, progress: "Progress") -> str:
+        """One line on what is under way."""
+        self._seen.append(progress)
+        while len(self._seen) > 2 and progress.seconds - self._seen[1].seconds > _SECONDS_OF_RATES:
+            self._seen.popleft()
+        first = self._seen[0]
+        seconds = progress.seconds - first.seconds
+
+        def rate(name: str, digits: int = 0) -> str:
+            change = getattr(progress, name) - getattr(first, name)
+            return f"{change / seconds if seconds else 0.0:,.{digits}f}"
+
+        parts = [
+            f"{progress.trees_in_flight} trees growing",
+            f"{rate('rollouts')} rollouts/s",
+            f"{rate('generated_tokens')} tokens/s",
+            f"{rate('labels', 1)} labels/s",
+            f"waiting for the policy: {progress.rollouts_at_policy}, for the judge: {progress.solutions_at_judge}",
+        ]
+        return ", ".join([*parts, f"{progress.trees_failed} failed"] if progress.trees_failed else parts)
 
 
 class Summary:
@@ -149,14 +222,15 @@ class Summary:
 
     def watch(self, trees: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
         """Hand the trees on, counted."""
+        from mm_prm.annotation.schedule import num_labels
+
         for tree in trees:
             self.trees[tree["status"]] += 1
             self.cost.update(tree["cost"])
             self.verdicts.update(rollout["verdict"] for rollout in tree["rollouts"])
             self.statuses.update(rollout["status"] for rollout in tree["rollouts"])
             self.nodes += len(tree["nodes"])
-            # The root says how hard the problem is; every other measured node labels a step.
-            self.labels += sum(node["num_judged"] > 0 for node in tree["nodes"][1:])
+            self.labels += num_labels(tree["nodes"])
             if tree["status"] != "complete":
                 entry = {"id": tree["problem_id"], "status": tree["status"], "reason": tree["reason"]}
                 self.unfinished.append(entry)
@@ -193,10 +267,11 @@ class Summary:
             "prompt_tokens": self.cost["prompt_tokens"],
             "generated_tokens": self.cost["generated_tokens"],
             "judge_calls": self.cost["judge_calls"],
+            "judge_cache_hits": self.cost["judge_cache_hits"],
             "seconds": round(float(self.cost["seconds"]), 3),
             "cost_per_label": {
                 name: round(self.cost[name] / labels, 3) if labels else None
-                for name in ("rollouts", "generated_tokens", "judge_calls", "seconds")
+                for name in ("rollouts", "prompt_tokens", "generated_tokens", "judge_calls", "seconds")
             },
             "this_run": {"rollouts": run.rollouts, "seconds": round(run.seconds, 3)},
             "not_complete": left_out + self.unfinished,
@@ -214,12 +289,14 @@ def print_summary(report: Mapping[str, Any], output: str) -> None:
         f"{rollouts['total']} rollouts: {rollouts['right']} right, {rollouts['wrong']} wrong, "
         f"{rollouts['unknown']} unknown (of which {rollouts['cut_by_max_new_tokens']} were cut at "
         f"policy_max_new_tokens and {rollouts['unparsable']} hold no steps); {report['prompt_tokens']} prompt tokens, "
-        f"{report['generated_tokens']} generated tokens, {report['judge_calls']} judge calls"
+        f"{report['generated_tokens']} generated tokens, {report['judge_calls']} judge calls "
+        f"({report['judge_cache_hits']} answered by the cache)"
     )
     print(f"{report['labels']} step labels in {report['nodes']} nodes, {report['seconds']:.1f} s", end="")
     if report["labels"]:
         print(
-            f"; each label cost {cost['rollouts']:.1f} rollouts, {cost['generated_tokens']:.0f} generated tokens, "
+            f"; each label cost {cost['rollouts']:.1f} rollouts, {cost['prompt_tokens']:.0f} prompt tokens, "
+            f"{cost['generated_tokens']:.0f} generated tokens, {cost['judge_calls']:.1f} judge calls, "
             f"{cost['seconds']:.3f} s",
             end="",
         )

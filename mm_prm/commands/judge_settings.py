@@ -83,10 +83,10 @@ class JudgeSettings:
 
         settings: dict[str, Any] = {"timeout_seconds": self.judge_timeout_seconds}
         if self.judge == "rules":
-            return describe(RulesJudge, None, settings)
+            return describe(RulesJudge, None, settings, RulesJudge.packages)
         from mm_prm.judges.llm import LLMJudge, language_model_identity
 
         model = {"language_model": language_model_identity(self.judge_model or "")}
-        return (
-            describe(LLMJudge, None, model) if self.judge == "llm" else describe(CascadeJudge, None, settings | model)
-        )
+        if self.judge == "llm":
+            return describe(LLMJudge, None, model)
+        return describe(CascadeJudge, None, settings | model, RulesJudge.packages)

@@ -93,6 +93,10 @@ class PolicySettings:
             "max_new_tokens": self.policy_max_new_tokens,
             "step_format": self.policy_step_format,
         }
+        if self.policy_engine == "transformers":
+            from mm_prm.policies.settings import default_dtype
+
+            return settings | {"dtype": self.policy_dtype or default_dtype(self.policy_device)}
         return settings if self.policy_engine == "server" else settings | {"dtype": self.policy_dtype}
 
     def check_policy(self) -> None:
@@ -113,9 +117,10 @@ class PolicySettings:
         """What the policy is, for the journal's key."""
         from mm_prm.annotation.identity import describe
 
-        # A server's address says nothing about its model, and may change from run to run.
-        path = self.policy if self.policy_engine == "server" else self._path()
-        return describe(self._opener(), path, self.policy_settings())
+        if self.policy_engine == "server":
+            # A server's address says nothing about its model, and may change from run to run.
+            return describe(self._opener(), None, {"model": self.policy, **self.policy_settings()})
+        return describe(self._opener(), self._path(), self.policy_settings())
 
     def open_policy(self) -> "Policy":
         """Opens the policy: loads the model, or asks the servers."""

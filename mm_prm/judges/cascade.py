@@ -28,4 +28,4 @@ class CascadeJudge:
         if verdict.verdict != "unknown" or not verdict.extracted:
             return verdict
         second = self.second.judge(problem, solution)
-        return Verdict(second.verdict, verdict.extracted, f"{verdict.reason}; {second.reason}")
+        return Verdict(second.verdict, verdict.extracted, f"{verdict.reason}; {second.reason}", second.from_cache)

@@ -52,6 +52,8 @@ class RulesJudge:
             Time limit of one comparison of formulas, which runs in a process of its own and is killed after it.
     """
 
+    packages = ("math-verify",)  # whose version is part of what this judge is
+
     def __init__(self, timeout_seconds: float = 5.0):
         if timeout_seconds <= 0:
             raise ValueError(f"timeout_seconds: {timeout_seconds!r} has to be above 0")

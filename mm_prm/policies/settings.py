@@ -1,6 +1,26 @@
 """The settings that every policy has, checked in one place."""
 
+from typing import Any
+
 from .steps import STEP_FORMATS
+
+
+def default_dtype(device: Any = None) -> str:
+    """
+    Type of the weights of a policy on transformers where none is asked for.
+
+    Args:
+        device (`str` or `torch.device`, *optional*):
+            Where the policy computes; the GPU by default if there is one.
+
+    Returns:
+        `str`: `"auto"`, the checkpoint's own, on a GPU; `"float32"` on a CPU, where many processors have no bfloat16
+        arithmetic and compute it several times slower.
+    """
+    import torch
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return "float32" if device.type == "cpu" else "auto"
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float, step_format: str) -> None:

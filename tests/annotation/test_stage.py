@@ -6,7 +6,7 @@ from datasets import Dataset, Features, Image, List
 from datasets.fingerprint import Hasher
 
 from mm_prm.annotation import AnnotationConfig, MCTSAnnotator, annotate, describe
-from mm_prm.annotation.identity import checkpoint_digest
+from mm_prm.annotation.identity import checkpoint_digest, code_digest
 from mm_prm.data.features import PROBLEM_FEATURES, TREE_FEATURES, validate_rows
 from tests.annotation.scripted import ScriptedJudge, ScriptedPolicy, make_problem, open_policy
 
@@ -119,3 +119,58 @@ def test_a_checkpoint_counts_by_its_content(tmp_path):
     assert checkpoint_digest(tmp_path) != first
     assert describe(open_policy, tmp_path, {}) != describe(open_policy, tmp_path, {"temperature": 1.0})
     assert "Qwen/Qwen2.5-VL" in describe(open_policy, "Qwen/Qwen2.5-VL", {})
+
+
+def test_a_name_on_the_hub_counts_by_its_revision(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--me--policy"
+    identities = []
+    for commit in ("1" * 40, "2" * 40):
+        for file, text in ((f"snapshots/{commit}/config.json", "{}"), ("refs/main", commit)):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(text)
+        identities.append(describe(open_policy, "me/policy", {}))
+        assert commit in identities[-1]
+    assert identities[0] != identities[1]
+
+
+def test_a_setting_left_out_is_its_default_and_where_it_runs_does_not_count(tmp_path):
+    from mm_prm.commands.annotate import AnnotateSettings
+    from mm_prm.judges import RulesJudge
+    from mm_prm.policies.transformers import TransformersPolicy
+
+    opener = TransformersPolicy.from_pretrained
+    plain = describe(opener, tmp_path, {"dtype": "float32"})
+    assert plain == describe(opener, tmp_path, {"dtype": "float32", "temperature": 1.0, "batch_size": 7})
+    assert plain == describe(opener, tmp_path, {"dtype": "float32", "device": "cuda"})
+    assert plain != describe(opener, tmp_path, {"dtype": "float32", "temperature": 0.9})
+    assert plain != describe(opener, tmp_path, {"dtype": "bfloat16"})
+
+    # The command line and the map stage, both with nothing but defaults, are the same policy and the same judge.
+    of_command = AnnotateSettings(problems="", output="")
+    of_stage = MCTSAnnotator("mini-policy")._open()
+    assert of_stage._policy_identity == of_command.policy_identity()
+    assert of_stage._judge_identity == of_command.judge_identity()
+    assert "math-verify" in of_command.judge_identity() and "float32" in of_command.policy_identity()
+    assert (
+        of_command.policy_identity()
+        == AnnotateSettings(problems="", output="", policy_dtype="float32").policy_identity()
+    )
+    assert describe(RulesJudge, None, {}) == describe(RulesJudge, None, {"timeout_seconds": 5.0})
+
+
+def test_code_counts(tmp_path, monkeypatch):
+    package = tmp_path / "my_judges"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "rules.py").write_text("class Judge:\n    def judge(self, problem, solution): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    from my_judges.rules import Judge
+
+    first = describe(Judge, None, {})
+    assert describe(Judge, None, {}) == first
+    (package / "helper.py").write_text("1\n")
+    code_digest.cache_clear()
+    assert describe(Judge, None, {}) != first
