@@ -192,6 +192,23 @@ def trees_to_rows(
     return [row for row, _, _ in made], report
 
 
+def step_counts(tree: Mapping[str, Any], step_values: Literal["pooled", "measured"]) -> dict[Steps, tuple[int, int]]:
+    """
+    The Monte Carlo labels of a tree: (num_right, num_judged) of every prefix of steps.
+
+    Whole solutions are left out: their label is the verdict on their answer.
+
+    Args:
+        tree (`Mapping[str, Any]`):
+            Tree row.
+        step_values (`str`):
+            Which rollouts count, see [`RowConfig`].
+    """
+    values = _Values()
+    _solutions(tree, RowConfig(step_values=step_values), values, random.Random(0))
+    return {prefix: pair for prefix, pair in values.counts.items() if prefix not in values.certain}
+
+
 def _choose(tree: Mapping[str, Any], config: RowConfig, counts: Counter[str]) -> tuple[list[_Candidate], _Values, str]:
     """Choose the solutions of a tree that become rows, or say why the tree gives none."""
     values = _Values()

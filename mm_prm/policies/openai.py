@@ -1,8 +1,6 @@
 """A policy on any server that speaks OpenAI's protocol: vLLM, SGLang, llama.cpp, a gateway in front of many of them."""
 
-import base64
 import hashlib
-import io
 import logging
 import os
 from collections import OrderedDict
@@ -19,6 +17,7 @@ from mm_prm.chat_client import (
     ChatCompletion,
     ChatRequestError,
     ChatServerError,
+    image_data_url,
     neutralize_chat_markup,
 )
 from mm_prm.data.text import (
@@ -252,9 +251,7 @@ class OpenAIPolicy:
         key = hashlib.blake2b(f"{image.size}".encode() + image.tobytes()).digest()
         url = self._image_urls.pop(key, None)
         if url is None:
-            buffer = io.BytesIO()
-            image.save(buffer, format="PNG", compress_level=1)
-            url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+            url = image_data_url(image)
             self._image_bytes += len(url)
         self._image_urls[key] = url
         while self._image_bytes > _CACHED_IMAGE_BYTES and len(self._image_urls) > 1:
