@@ -182,6 +182,10 @@ def _read_folder(folder: Path, settings: ReportSettings) -> _Found:
     if file.is_file():
         with reading_input(str(file)):
             results = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(results, dict):
+                raise ValueError(
+                    "must be an object, as `mm-prm evaluate` or `mm-prm best-of-n --output_json` writes it"
+                )
         said |= {key: value for key, value in results.items() if key in said and value}
         metrics = results.get("metrics", results)
     if not any(map(len, tables.values())) and "best_of_n" not in metrics:

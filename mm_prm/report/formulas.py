@@ -21,6 +21,8 @@ _DISPLAY = ("dollars", "brackets")
 # Above this, a page spends longer on the formula than a reader does.
 _MAX_LENGTH = 2000
 _MAX_DEPTH = 100
+# A longer formula may be wider than a phone, and browsers break none into lines: it gets a box that scrolls.
+_SHORT = 24
 
 _ELEMENTS = frozenset(
     [
@@ -115,11 +117,12 @@ def _formula(source: str, latex: str, display: bool) -> Markup:
     if len(latex) > _MAX_LENGTH:
         return escape(source)
     try:
-        return _mathml(convert_to_element(latex, display="block" if display else "inline"))
+        formula = _mathml(convert_to_element(latex, display="block" if display else "inline"))
     except Exception:
         # On broken formulas the library raises whatever its walk over the tokens runs into: its own errors,
         # StopIteration, IndexError, RecursionError. All of them mean the same.
         return escape(source)
+    return Markup('<span class="formula">{}</span>').format(formula) if display or len(latex) > _SHORT else formula
 
 
 def _mathml(element: Element, depth: int = 0) -> Markup:

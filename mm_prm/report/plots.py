@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _DASHES = ("-", "--", "-.", ":")
-_HATCHES = ("", "////")
 # A colour that nothing else has. In the SVG it becomes the text colour of the page, which may be light or dark.
 _INK = "#010203"
 
@@ -34,7 +33,7 @@ def save_plot(figure: "Figure", path: str | Path) -> Path:
             File to write; its suffix says the format.
     """
     path = Path(path)
-    figure.savefig(path, dpi=150, facecolor="white")
+    figure.savefig(path, dpi=200, facecolor="white")
     return path
 
 
@@ -133,46 +132,42 @@ def draw_reliability(evidence: Sequence[StepEvidence]) -> "Figure":
     axes.set_ylim(0, 1)
     axes.set_xlabel("step score, mean of each bin", color=_INK)
     axes.set_ylabel("share that is right", color=_INK)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=_INK)
+    figure.legend(loc="outside lower center", ncols=1, frameon=False, labelcolor=_INK)
     return figure
 
 
-def draw_distributions(evidence: StepEvidence) -> "Figure":
+def draw_distributions(evidence: Sequence[StepEvidence]) -> "Figure":
     """
-    How the scores of right and of wrong steps are distributed.
+    How the scores of right and of wrong steps are distributed, by each kind of evidence.
 
     Args:
-        evidence (`StepEvidence`):
+        evidence (`Sequence[StepEvidence]`):
             Scores and what is known of the steps.
     """
-    figure, [axes] = _figure()
-    sides = {
-        evidence.right: [
-            score for score, target in zip(evidence.scores, evidence.targets, strict=True) if target > 0.5
-        ],
-        evidence.wrong: [
-            score for score, target in zip(evidence.scores, evidence.targets, strict=True) if target <= 0.5
-        ],
-    }
-    names = [name for name, scores in sides.items() if scores]
-    bars = axes.hist(
-        [sides[name] for name in names],
-        bins=2 * NUM_BINS,
-        range=(0, 1),
-        weights=[[1 / len(sides[name])] * len(sides[name]) for name in names],  # so that few wrong steps show, too
-        color=[_COLORS[list(sides).index(name)] for name in names],
-        label=[f"{name} ({len(sides[name]):,})" for name in names],
-    )[2]
-    for name, container in zip(names, [bars] if len(names) == 1 else bars, strict=True):
-        for bar in container:
-            bar.set_hatch(_HATCHES[list(sides).index(name)])
-            bar.set_edgecolor("white")
-            bar.set_linewidth(0)
-    _percent(axes)
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("step score", color=_INK)
-    axes.set_ylabel("share of the steps of each kind", color=_INK)
-    figure.legend(loc="outside lower center", ncols=1, frameon=False, labelcolor=_INK)
+    figure, all_axes = _figure(len(evidence))
+    for axes, each in zip(all_axes, evidence, strict=True):
+        right = [score for score, target in zip(each.scores, each.targets, strict=True) if target > 0.5]
+        wrong = [score for score, target in zip(each.scores, each.targets, strict=True) if target <= 0.5]
+        sides = [(each.right, right, _COLORS[0], ""), (each.wrong, wrong, _COLORS[1], "////")]
+        sides = [side for side in sides if side[1]]
+        axes.hist(
+            [scores for _, scores, _, _ in sides],
+            bins=2 * NUM_BINS,
+            range=(0, 1),
+            weights=[
+                [1 / len(scores)] * len(scores) for _, scores, _, _ in sides
+            ],  # so that few wrong steps show, too
+            color=[color for _, _, color, _ in sides],
+            hatch=[hatch for _, _, _, hatch in sides],
+            label=[f"{name} ({len(scores):,})" for name, scores, _, _ in sides],
+            edgecolor="white",
+            linewidth=0,
+        )
+        _percent(axes)
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("step score", color=_INK)
+        axes.set_ylabel("share of each kind", color=_INK)
+        axes.legend(frameon=False, labelcolor=_INK, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
     return figure
 
 
@@ -199,7 +194,8 @@ def draw_annotation(cost: AnnotationCost) -> "Figure":
 def _figure(rows: int = 1) -> tuple["Figure", list["Axes"]]:
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
-    figure = Figure(figsize=(6.0, 4.6), layout="constrained")
+    # Small, so that its text is of readable size on a phone
+    figure = Figure(figsize=(4.8, 3.9 if rows == 1 else 2.6 * rows), layout="constrained")
     all_axes = list(figure.subplots(rows, squeeze=False).ravel())
     for axes in all_axes:
         axes.tick_params(colors=_INK)

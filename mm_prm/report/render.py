@@ -105,7 +105,7 @@ def render_report(
     if results:
         figures["curve"] = draw_curve(results, aggregator)
     if evidence:
-        figures |= {"reliability": draw_reliability(evidence), "scores": draw_distributions(evidence[0])}
+        figures |= {"reliability": draw_reliability(evidence), "scores": draw_distributions(evidence)}
     if cost.mc_values:
         figures["annotation"] = draw_annotation(cost)
     if plot_folder is not None:
