@@ -1,10 +1,11 @@
-"""Scoring candidates with a process reward model, and choosing among them."""
+"""Scoring candidates with a process reward model, choosing among them, and searching with it."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .aggregators import AGGREGATORS, PROBABILITY_AGGREGATORS
-from .best_of_n import Selection, build_pools, group_answers, select
+from .best_of_n import Selection, build_pools, group_answers, select, vote
+from .guided_search import SearchConfig, SearchResult, search
 
 if TYPE_CHECKING:
     from .scorer import Scorer
@@ -15,12 +16,16 @@ __all__ = [
     "AGGREGATORS",
     "PROBABILITY_AGGREGATORS",
     "Scorer",
+    "SearchConfig",
+    "SearchResult",
     "Selection",
     "ServedScorer",
     "VLLMScorer",
     "build_pools",
     "group_answers",
+    "search",
     "select",
+    "vote",
 ]
 
 

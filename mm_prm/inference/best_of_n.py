@@ -1,12 +1,14 @@
 """Choosing among the candidates of a problem: the best score, groups of equivalent answers, and candidate pools."""
 
+import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mm_prm.annotation.protocols import Judge, Verdict
 
-from .aggregators import AGGREGATORS
+from .aggregators import AGGREGATORS, PROBABILITY_AGGREGATORS
 
 Candidates = Sequence[Sequence[str]]
 StepScores = Sequence[Sequence[float]]
@@ -29,9 +31,10 @@ class Selection:
         index (`int`):
             Its place among the candidates.
         score (`float`):
-            Its aggregated score, `-inf` if no candidate has scores.
+            Its aggregated score, or the votes for its answer; `-inf` if no candidate has scores, or an answer.
         num_tied (`int`):
-            Number of *other* solutions (copies of its text left out) with the same score; the first one won.
+            Number of *other* solutions (copies of its text left out), or of other answers, with the same score; the first
+            one won.
     """
 
     index: int
@@ -67,6 +70,44 @@ def select(candidates: Candidates, scores: StepScores, aggregator: str) -> Selec
     index = values.index(best)
     texts = {tuple(steps) for steps, value in zip(candidates, values, strict=True) if value == best}
     return Selection(index=index, score=best, num_tied=len(texts) - 1)
+
+
+def vote(answers: Sequence[str], scores: StepScores | None = None, aggregator: str = "min") -> Selection:
+    """
+    Choose the answer with most votes, or with the highest sum of scores; equal sums go to the answer that comes first.
+
+    Args:
+        answers (`Sequence[str]`):
+            Answer of each candidate of one problem, equivalent ones as one text ([`group_answers`]); a candidate with
+            `""` does not vote.
+        scores (`Sequence[Sequence[float]]`, *optional*):
+            Step scores of each candidate, whose aggregate is the weight of its vote. Votes without scores weigh nothing,
+            so they decide only where no vote has any. Each vote counts 1 if not given.
+        aggregator (`str`, *optional*, defaults to `"min"`):
+            Name of one of [`PROBABILITY_AGGREGATORS`]; a weight must not be negative.
+
+    Returns:
+        [`Selection`]: The first candidate with the chosen answer.
+    """
+    if aggregator not in PROBABILITY_AGGREGATORS:
+        raise ValueError(
+            f"aggregator = {aggregator!r}: votes are weighted by one of {', '.join(PROBABILITY_AGGREGATORS)}"
+        )
+    if not answers or (scores is not None and len(scores) != len(answers)):
+        raise ValueError(
+            f"{len(answers)} answers and {len(scores or [])} lists of scores; give one list for each answer"
+        )
+    weights = [1.0] * len(answers) if scores is None else [AGGREGATORS[aggregator](each) for each in scores]
+    support: dict[str, float] = {}
+    for answer, weight in zip(answers, weights, strict=True):
+        if answer:
+            # What is scored, be it 0, outweighs what is not (-inf).
+            support[answer] = support.get(answer, 0.0) + (max(weight, sys.float_info.min) if weight >= 0 else 0.0)
+    if not support:
+        return Selection(index=0, score=-math.inf, num_tied=0)
+    best = max(support.values())
+    winners = [answer for answer, votes in support.items() if votes == best]
+    return Selection(index=list(answers).index(winners[0]), score=best, num_tied=len(winners) - 1)
 
 
 def group_answers(problem: Mapping[str, Any], solutions: Candidates, judge: EquivalenceJudge) -> list[str]:
