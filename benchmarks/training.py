@@ -21,7 +21,7 @@ from timing import compare, make_parser, report
 from torch.nn import functional
 from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from mm_prm.models import AutoModelForProcessReward, PositionPrecomputer, TreePacker, speed_up_vision_tower
+from mm_prm.models import AutoModelForProcessReward, PositionPrecomputer, TreePacker, batch_vision_attention
 from mm_prm.models.processing import EncodedRows
 from mm_prm.models.prompts import PromptTensors
 
@@ -135,7 +135,7 @@ def make_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedMo
         stock = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
     stock.load_state_dict(ours.state_dict(keep_vars=True), assign=True)
     stock.tie_weights()
-    for model in (ours, speed_up_vision_tower(stock)):
+    for model in (ours, batch_vision_attention(stock)):
         model.model.visual.requires_grad_(False)
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -14,7 +14,7 @@ from timing import compare, make_parser, report
 from transformers import AutoModelForImageTextToText
 
 from mm_prm.embedded import model_path
-from mm_prm.models import speed_up_vision_tower
+from mm_prm.models import batch_vision_attention
 
 # Heights and widths in pixels
 CASES = {"one size": [(112, 112)], "four sizes": [(112, 112), (56, 168), (168, 112), (224, 224)]}
@@ -29,7 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     model = AutoModelForImageTextToText.from_pretrained(model_path(args.model), dtype=args.dtype)
     stock = model.model.visual.to(args.device)
-    batched = speed_up_vision_tower(copy.deepcopy(stock))
+    batched = batch_vision_attention(copy.deepcopy(stock))
     config = stock.config
     everywhere = list(range(config.depth))
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils import find_adapter_config_file, is_peft_available
 
 from .modeling import process_reward_class, stock_class
-from .vision import speed_up_vision_tower
+from .vision import batch_vision_attention
 
 STEP_TOKEN = "<prm>"
 # [wrong, right], the order of the logits
@@ -91,7 +91,7 @@ class AutoModelForProcessReward:
             config.reward_token_ids = list(reward_token_ids)
         kwargs.pop("trust_remote_code", None)
         loaded: Any = process_reward_class(stock).from_pretrained(path, config=config, use_safetensors=True, **kwargs)
-        speed_up_vision_tower(loaded[0] if kwargs.get("output_loading_info") else loaded)
+        batch_vision_attention(loaded[0] if kwargs.get("output_loading_info") else loaded)
         return loaded
 
     @classmethod
@@ -110,7 +110,7 @@ class AutoModelForProcessReward:
             raise ValueError(
                 "the configuration has no `reward_token_ids`: set them to the ids of the tokens `No`, `Yes`"
             )
-        return speed_up_vision_tower(process_reward_class(stock)._from_config(config, **kwargs))
+        return batch_vision_attention(process_reward_class(stock)._from_config(config, **kwargs))
 
 
 def is_process_reward_config(config: PreTrainedConfig) -> bool:

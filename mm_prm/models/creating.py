@@ -12,7 +12,7 @@ from .auto import _HUB_ARGUMENTS, REWARD_TOKENS, STEP_TOKEN, set_process_reward_
 from .modeling import ProcessRewardMixin, get_output_head, process_reward_class
 from .processing import ProcessRewardProcessor
 from .templates import TemplateStyle
-from .vision import speed_up_vision_tower
+from .vision import batch_vision_attention
 
 logger = logging.get_logger(__name__)
 
@@ -106,7 +106,7 @@ def prepare_model_for_process_reward(
     if not isinstance(model, ProcessRewardMixin):
         model.__class__ = process_reward_class(type(model))
     cast(ProcessRewardMixin, model).install_reward_head()
-    return speed_up_vision_tower(model)
+    return batch_vision_attention(model)
 
 
 def _weight(module: torch.nn.Module) -> torch.Tensor:

@@ -1,13 +1,10 @@
 """
-Vision towers that attend to all images at once, and embed patches by a matrix product.
+Vision towers that attend to all images at once.
 
 Qwen2-VL's tower and its descendants pack the patches of all images into one sequence, in which every chunk (an image, a
 frame, or a window of one) attends to itself only. Where FlashAttention's package is missing, transformers computes that
 chunk by chunk: one call per image, block and direction, and several waits for the GPU. Chunks of equal length are simply
 a batch, so here they share one call.
-
-A patch is embedded by a convolution as large as itself, which is a matrix product; as a convolution in three dimensions
-it is many times slower on a GPU.
 """
 
 import copy
@@ -34,14 +31,12 @@ _TOWERS = frozenset(
 )
 
 
-def speed_up_vision_tower(model: PreTrainedModel) -> PreTrainedModel:
+def batch_vision_attention(model: PreTrainedModel) -> PreTrainedModel:
     """
-    Lets the vision tower of a model attend to images and windows of equal size in one call, and embed patches by a matrix
-    product, in place.
+    Lets the vision tower of a model attend to images and windows of equal size in one call, in place.
 
-    The results are those of `sdpa` and of the convolution, up to rounding. Only towers that would otherwise loop over
-    images are changed, their attention only while they use `sdpa`; `model.set_attn_implementation("sdpa")` changes that
-    back. `model.config` and the state dict stay as they are.
+    The results are those of `sdpa`, up to rounding. Only towers that would otherwise loop over images are changed, and
+    only while they use `sdpa`; `model.set_attn_implementation("sdpa")` changes them back. `model.config` stays as it is.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -62,26 +57,7 @@ def speed_up_vision_tower(model: PreTrainedModel) -> PreTrainedModel:
                 copies[id(config)] = copy.copy(config)
                 copies[id(config)]._attn_implementation = _IMPLEMENTATION
             vars(module)["config"] = copies[id(config)]
-        if isinstance(config, PreTrainedConfig) and config.model_type in _TOWERS:
-            for part in module.modules():
-                # The convolution changes its class, not its place: parameters and hooks stay as they are.
-                if type(part) is nn.Conv3d and part.stride == part.kernel_size and part.groups == 1:
-                    part.__class__ = PatchConvolution
     return model
-
-
-class PatchConvolution(nn.Conv3d):
-    """A convolution of patches that are as large as its kernel, on a GPU as a matrix product."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if input.device.type == "cpu" or input.shape[2:] != self.weight.shape[2:]:
-            return super().forward(input)
-        return self.multiply(input)
-
-    def multiply(self, input: torch.Tensor) -> torch.Tensor:
-        """The output for patches of the kernel's size."""
-        output = nn.functional.linear(input.flatten(1), self.weight.flatten(1), self.bias)
-        return output[:, :, None, None, None]
 
 
 def _attend_within_chunks(

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from mm_prm.annotation.protocols import Generation, Problem, Rollout, RolloutRequest, RolloutStatus
-from mm_prm.models import speed_up_vision_tower
+from mm_prm.models import batch_vision_attention
 
 from .decoding import Completion, Sampling, Stop, decode
 from .prompts import Prompt, PromptBuilder
@@ -120,7 +120,7 @@ class TransformersPolicy:
             path, dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"), use_safetensors=True
         )
         model.to(device)
-        speed_up_vision_tower(model)
+        batch_vision_attention(model)
         return cls(model, AutoProcessor.from_pretrained(path), **settings)
 
     def generate(self, requests: Sequence[tuple[Problem, RolloutRequest]]) -> list[Generation]:

@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-from mm_prm.models import AutoModelForProcessReward, create_process_reward_model, speed_up_vision_tower
-from mm_prm.models.vision import _TOWERS, PatchConvolution
+from mm_prm.models import AutoModelForProcessReward, batch_vision_attention, create_process_reward_model
+from mm_prm.models.vision import _TOWERS
 from mm_prm.policies.transformers import TransformersPolicy
 from tests.testing_utils import tiny_problem
 
@@ -93,7 +93,7 @@ def test_outputs_and_gradients_are_those_of_the_loop_over_images(name, grids):
     grids = GRIDS[grids]
     tower = _build_tower(name)
     stock = copy.deepcopy(tower)
-    assert speed_up_vision_tower(tower) is tower
+    assert batch_vision_attention(tower) is tower
     assert {module.config._attn_implementation for module in tower.modules() if "config" in vars(module)} == {
         "flash_chunks_on_sdpa"
     }
@@ -110,7 +110,7 @@ def test_outputs_and_gradients_are_those_of_the_loop_over_images(name, grids):
 def test_one_call_for_each_length_and_block(monkeypatch):
     tower = _build_tower("qwen2_5_vl_vision")
     stock = copy.deepcopy(tower)
-    speed_up_vision_tower(tower)
+    batch_vision_attention(tower)
     # Two blocks of windows, four of 4 × 4 patches an image, and one of whole images
     assert _count_attention_calls(stock, GRIDS["one size"], monkeypatch) == 2 * 12 + 3
     assert _count_attention_calls(tower, GRIDS["one size"], monkeypatch) == 3
@@ -118,18 +118,8 @@ def test_one_call_for_each_length_and_block(monkeypatch):
     assert _count_attention_calls(tower, GRIDS["mixed sizes"], monkeypatch) == 2 * 3 + 4
 
 
-def test_patches_are_embedded_by_a_matrix_product():
-    tower = _build_tower("qwen2_5_vl_vision")
-    convolution = tower.patch_embed.proj
-    patches = torch.rand(5, 3, 2, 14, 14, generator=torch.Generator().manual_seed(1))
-    names, expected = list(tower.state_dict()), convolution(patches)
-    speed_up_vision_tower(tower)
-    assert type(convolution) is PatchConvolution and list(tower.state_dict()) == names
-    torch.testing.assert_close(convolution.multiply(patches), expected, atol=1e-5, rtol=1e-5)
-
-
 def test_images_do_not_see_each_other():
-    tower = speed_up_vision_tower(_build_tower("qwen2_5_vl_vision"))
+    tower = batch_vision_attention(_build_tower("qwen2_5_vl_vision"))
     pixels = torch.rand(2 * 64, 3 * 2 * 14 * 14)
     changed = pixels.clone()
     changed[64:] = 0
@@ -175,7 +165,7 @@ def test_what_was_asked_for_is_kept():
             implementation
         }
     model = AutoModelForProcessReward.from_config(build_config("qwen2_vl", tied=True))
-    assert speed_up_vision_tower(model) is model
+    assert batch_vision_attention(model) is model
     assert model.model.visual.config._attn_implementation == "flash_chunks_on_sdpa"
     model.gradient_checkpointing_enable()
     inputs = build_inputs("qwen2_vl")
