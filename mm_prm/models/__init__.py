@@ -7,7 +7,7 @@ from .packing import TreePacker, fill, pack_rows
 from .pipeline import ProcessRewardPipeline
 from .positions import PositionPrecomputer
 from .processing import ProcessRewardProcessor
-from .vision import speed_up_vision_tower
+from .vision import batch_vision_attention
 
 __all__ = [
     "AutoModelForProcessReward",
@@ -17,11 +17,11 @@ __all__ = [
     "ProcessRewardPipeline",
     "ProcessRewardProcessor",
     "TreePacker",
+    "batch_vision_attention",
     "create_process_reward_model",
     "fill",
     "is_process_reward_config",
     "pack_rows",
     "prepare_model_for_process_reward",
     "process_reward_loss",
-    "speed_up_vision_tower",
 ]
