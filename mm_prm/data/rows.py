@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import datasets
 
+from .ancestor_rows import ancestor_rows
 from .features import STEPWISE_FEATURES, RowError, validate_row
 from .selection import Steps, best_share, information_score, path_scores, without_consensus
 from .text import question_text
@@ -64,6 +65,10 @@ class RowConfig:
             Share of all rows to keep: the most informative ones, by [p (1 - p) + 0.05] R with p the share of steps
             labelled right and R their mean label (arXiv 2602.04145, where a tenth is as good as all). A tree's rows then
             depend on the other trees, and the balance of right and wrong rows is not kept.
+        sampler (`str`, *optional*, defaults to `"labels"`):
+            `"labels"` chooses the solutions that bring the most labels, as said above; `"ancestor"` makes the rows that
+            MM-PRM makes of a tree, for comparison: all paths that end wrong and, drawn from those that end right, as
+            many. It reads no setting but `seed`, and wants trees grown with `ancestor_compatible`.
         seed (`int`, *optional*, defaults to `0`):
             Seed of all choices. The rows of a tree depend on the seed and on this tree alone.
     """
@@ -78,6 +83,7 @@ class RowConfig:
     keep: Literal["all", "consensus"] = "all"
     judge_threshold: float = 0.5
     keep_share: float = 1.0
+    sampler: Literal["labels", "ancestor"] = "labels"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -97,6 +103,8 @@ class RowConfig:
             raise ValueError(f"include_rollouts = {self.include_rollouts!r}: use 'none' or 'balanced'")
         if self.step_values not in ("pooled", "measured"):
             raise ValueError(f"step_values = {self.step_values!r}: use 'pooled' or 'measured'")
+        if self.sampler not in ("labels", "ancestor"):
+            raise ValueError(f"sampler = {self.sampler!r}: use 'labels' or 'ancestor'")
 
 
 @dataclass
@@ -158,10 +166,18 @@ def trees_to_rows(
         seen.add(problem_id)
         if questions is not None and problem_id not in questions:
             raise RowError("tree", f"row {number}", "problem_id", problem_id, "there is no problem with this id")
+        prompt = questions[problem_id] if questions is not None else ""
+        if config.sampler == "ancestor" and tree["status"] == "complete":
+            new_rows, reason = ancestor_rows(tree, prompt, config.seed)
+            dropped.update([reason] if reason else [])
+            counts["solutions"] += len(new_rows)
+            for row in new_rows:
+                labelled = _Candidate(tuple(row["completions"]), set(row["path"][1:]), row["num_right"][-1] > 0)
+                made.append((row, labelled, number))
+            continue
         chosen, values, reason = _choose(tree, config, counts)
         if reason:
             dropped[reason] += 1
-        prompt = questions[problem_id] if questions is not None else ""
         made += [(_row(problem_id, prompt, candidate.solution, values), candidate, number) for candidate in chosen]
     if config.keep == "consensus" and not is_judged:
         raise ValueError(

@@ -8,7 +8,8 @@ import pytest
 from mm_prm.annotation.config import AnnotationConfig
 from mm_prm.annotation.omegaprm import OmegaPRM
 from mm_prm.annotation.protocols import Rollout
-from mm_prm.data.features import validate_row
+from mm_prm.data.features import RowError, validate_row, validate_rows
+from mm_prm.data.rows import RowConfig, trees_to_rows
 
 RECORDINGS = Path(__file__).parents[2].parent / "shared" / "data" / "ancestor_reference"
 PATHS = sorted(RECORDINGS.glob("search_*.json"))
@@ -74,3 +75,44 @@ def test_recorded_run(path):
     assert search.search_count == recording["search_count"]
     assert row["cost"]["rollouts"] == recording["total_rollouts"]
     assert as_ancestor_tree(row) == stripped_tree(recording["tree"])
+
+
+def as_ancestor_rows(rows):
+    """Rows in the ancestor's form: `<prm>` after each step that has a label."""
+    return [
+        {
+            "process": "\n\n".join(
+                step if label is None else step + "<prm>"
+                for step, label in zip(row["completions"], row["labels"], strict=True)
+            ),
+            "labels": [label for label in row["labels"] if label is not None],
+        }
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_recorded_rows(path):
+    recording = json.loads(path.read_text())
+    rows, counts = trees_to_rows([replay(recording).to_row()], RowConfig(sampler="ancestor", seed=0))
+    validate_rows("stepwise", rows)
+    recorded = recording["rows_with_random_seed_0"]
+    expected = [{"process": row["process"], "labels": row["labels"]} for row in recorded or []]
+    assert as_ancestor_rows(rows) == expected
+    assert counts["rows"] == len(expected) == counts["rows_right"] + counts["rows_wrong"]
+    assert counts["labels"] == sum(len(row["labels"]) for row in expected)
+    assert (counts["trees_dropped"] == {"unanimous": 1}) is (recorded is None)
+
+
+def test_another_seed_draws_other_rows():
+    recording = json.loads(PATHS[3].read_text())
+    tree = replay(recording).to_row()
+    first, second = (trees_to_rows([tree], RowConfig(sampler="ancestor", seed=seed))[0] for seed in (0, 1))
+    assert len(first) == len(second) and first != second
+
+
+def test_trees_of_the_default_search_are_refused():
+    tree = replay(json.loads(PATHS[1].read_text())).to_row()
+    tree["settings"] = "{}"
+    with pytest.raises(RowError, match="need trees grown with ancestor_compatible"):
+        trees_to_rows([tree], RowConfig(sampler="ancestor"))
