@@ -4,18 +4,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from .two_processes import train
 
 
-def _train_in_two_processes(model_path, output_file, batch_size, folder):
+@pytest.fixture(scope="module")
+def two(tiny_prm_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    script = ["-m", "tests.invariant.two_processes", model_path, str(output_file), str(batch_size), str(folder)]
+    script = ["-m", "tests.invariant.two_processes", tiny_prm_path, "4", str(folder)]
     result = subprocess.run(
         [sys.executable, *launcher, *script],
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
@@ -25,14 +28,15 @@ def _train_in_two_processes(model_path, output_file, batch_size, folder):
         timeout=240,
     )
     assert result.returncode == 0, result.stderr[-3000:]
+    return folder
 
 
-def test_one_process_equals_two(tiny_prm_path, tmp_path):
+@pytest.mark.parametrize("packing", ["none", "rows", "tree"])
+def test_one_process_equals_two(two, tiny_prm_path, tmp_path, packing):
     # The halves of a batch hold different weights of labels: averaging their means would differ
-    train(tiny_prm_path, str(tmp_path / "one.safetensors"), batch_size=8, output_dir=str(tmp_path))
-    _train_in_two_processes(tiny_prm_path, tmp_path / "two.safetensors", batch_size=4, folder=tmp_path)
-    one, two = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "two.safetensors")
-    torch.testing.assert_close(one.pop("numbers"), two.pop("numbers"), rtol=1e-5, atol=1e-6)
-    assert one.keys() == two.keys()
+    train(tiny_prm_path, str(tmp_path / "one.safetensors"), batch_size=8, output_dir=str(tmp_path), packing=packing)
+    one, other = load_file(tmp_path / "one.safetensors"), load_file(two / f"two-{packing}.safetensors")
+    torch.testing.assert_close(one.pop("numbers"), other.pop("numbers"), rtol=1e-5, atol=1e-6)
+    assert one.keys() == other.keys()
     for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5, msg=name)

@@ -1,4 +1,4 @@
-"""Two training steps on the toy task; the weights go to the file named on the command line."""
+"""Two training steps on the toy task for each packing; the weights go to a file of its name in the output folder."""
 
 import sys
 
@@ -10,7 +10,7 @@ from mm_prm.trainer import PRMConfig, PRMTrainer
 from ..trainer.toy import toy_rows
 
 
-def train(model_path: str, output_file: str, batch_size: int, output_dir: str) -> None:
+def train(model_path: str, output_file: str, batch_size: int, output_dir: str, packing: str = "none") -> None:
     torch.set_num_threads(1)
     args = PRMConfig(
         output_dir,
@@ -25,6 +25,7 @@ def train(model_path: str, output_file: str, batch_size: int, output_dir: str) -
         disable_tqdm=True,
         use_cpu=True,
         label_weighting="num_judged",
+        packing=packing,
         logging_steps=1,
     )
     trainer = PRMTrainer(model_path, args, train_dataset=toy_rows(16), eval_dataset=toy_rows(7))
@@ -38,4 +39,5 @@ def train(model_path: str, output_file: str, batch_size: int, output_dir: str) -
 
 
 if __name__ == "__main__":
-    train(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    for name in ("none", "rows", "tree"):
+        train(sys.argv[1], f"{sys.argv[3]}/two-{name}.safetensors", int(sys.argv[2]), sys.argv[3], name)

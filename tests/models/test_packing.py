@@ -11,6 +11,7 @@ from mm_prm.models import (
     PositionPrecomputer,
     ProcessRewardProcessor,
     TreePacker,
+    fill,
     pack_rows,
 )
 
@@ -55,6 +56,18 @@ def test_labels_and_weights_of_shared_tokens_add_up(rows):
     assert packed.label_weights.sum() == pytest.approx(total)
     assert np.nansum(packed.labels * packed.label_weights) == pytest.approx(weighted, abs=1e-5)
     assert (np.isnan(packed.labels) == (packed.label_weights == 0)).all()
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=20), max_tokens=st.integers(1, 40))
+@settings(deadline=None)
+def test_sequences_are_filled_and_not_overfilled(lengths, max_tokens):
+    layout = fill(lengths, max_tokens)
+    assert sorted(number for numbers in layout for number in numbers) == list(range(len(lengths)))
+    sums = [sum(lengths[number] for number in numbers) for numbers in layout]
+    for numbers, total in zip(layout, sums, strict=True):
+        assert total <= max_tokens or len(numbers) == 1
+    # First fit leaves no two sequences that fit into one
+    assert all(one + other > max_tokens for index, one in enumerate(sums) for other in sums[:index])
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +122,23 @@ def test_loss_and_gradients_are_those_of_padded_rows(tiny_prm_path, model, max_t
     packed_loss, packed_gradients = _loss_and_gradients(model, inputs)
     assert packed_loss == pytest.approx(loss, rel=1e-5)
     assert packed_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert (packed_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("share_prefixes", [True, False], ids=["trees", "rows"])
+def test_sequences_of_several_trees_hide_them_from_each_other(tiny_prm_path, model, share_prefixes):
+    processor = ProcessRewardProcessor.from_pretrained(tiny_prm_path)
+    rows = _rows()
+    loss, gradients = _loss_and_gradients(model, dict(processor(*rows)))
+    packer = TreePacker(model, processor, share_prefixes=share_prefixes)
+    encoded = processor.encode(*rows)
+    packed = packer.pack(encoded)
+    assert len(packed) == (4 if share_prefixes else 20)
+    layout = fill([len(tree) for tree in packed], 300)
+    assert 1 < len(layout) < len(packed)
+    packed_loss, packed_gradients = _loss_and_gradients(model, packer.collate(encoded, packed, layout))
+    assert packed_loss == pytest.approx(loss, rel=1e-5)
     for name, gradient in gradients.items():
         assert (packed_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 

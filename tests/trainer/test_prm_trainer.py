@@ -7,8 +7,10 @@ from transformers.utils import logging as transformers_logging
 
 from mm_prm.models import AutoModelForProcessReward, ProcessRewardProcessor, create_process_reward_model
 from mm_prm.trainer import DataCollatorForProcessReward, PRMConfig, PRMTrainer
+from mm_prm.trainer.freezing import freeze_parts
 
 from ..testing_utils import tiny_problem
+from .packings import build_prm
 from .toy import toy_dataset, toy_rows
 
 
@@ -54,6 +56,84 @@ def test_vision_tower_learns_when_it_is_thawed(tiny_prm_path, tmp_path):
     assert all(not torch.equal(value, after[name]) for name, value in before.items())
 
 
+@pytest.mark.parametrize(
+    ("settings", "learning"),
+    [
+        ({"freeze_vision_tower": False}, {"tower", "connector", "language model"}),
+        ({}, {"connector", "language model"}),
+        ({"freeze_connector": True}, {"language model"}),
+        ({"freeze_language_model": True}, {"connector"}),
+        ({"freeze_language_model": True, "freeze_connector": True, "freeze_vision_tower": False}, {"tower"}),
+    ],
+)
+def test_each_part_can_be_frozen(tmp_path, settings, learning):
+    model = AutoModelForProcessReward.from_pretrained(build_prm("internvl", tmp_path))
+    freeze_parts(model, _config(tmp_path, **settings))
+    found = set()
+    for name, parameter in model.named_parameters():
+        part = "tower" if "vision_tower" in name else "connector" if "projector" in name else "language model"
+        assert parameter.requires_grad == (part in learning), name
+        found.add(part)
+    assert found == {"tower", "connector", "language model"}
+
+
+def test_freezing_what_is_not_there_or_everything_is_refused(tiny_prm_path, tmp_path):
+    # The connector of Qwen-VL belongs to its vision tower
+    with pytest.raises(ValueError, match="has no connector of its own"):
+        PRMTrainer(tiny_prm_path, _config(tmp_path, freeze_connector=True), train_dataset=toy_rows(4))
+    with pytest.raises(ValueError, match="every part of the model is frozen"):
+        PRMTrainer(tiny_prm_path, _config(tmp_path, freeze_language_model=True), train_dataset=toy_rows(4))
+
+
+def test_an_adapter_on_a_policy_belongs_to_the_saved_base_model(tiny_vlm_path, tmp_path):
+    peft = pytest.importorskip("peft")
+    args = _config(tmp_path, gradient_checkpointing=True)
+    lora = peft.LoraConfig(r=4, target_modules="all-linear")
+    trainer = PRMTrainer(tiny_vlm_path, args, train_dataset=toy_rows(8), peft_config=lora)
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        learns = "lora" in name and "visual" not in name
+        assert torch.equal(before[name], parameter) != learns, name
+    trainer.save_model()
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"].endswith("base_model")
+    model = AutoModelForProcessReward.from_pretrained(tmp_path).eval()
+    batch = ProcessRewardProcessor.from_pretrained(tmp_path)([tiny_problem(1)], [["Bar A shows 7."]])
+    torch.testing.assert_close(model(**batch).logits, trainer.model.eval()(**batch).logits)
+
+
+@pytest.mark.parametrize("packing", ["none", "tree"])
+def test_logs_tell_the_speed_and_what_packing_saves(tiny_prm_path, tmp_path, packing):
+    rows = [row | {"completions": ["Bar A shows 7."], "labels": [0.5], "num_judged": [4]} for row in toy_rows(8)]
+    trainer = PRMTrainer(tiny_prm_path, _config(tmp_path, packing=packing, max_steps=1), train_dataset=rows)
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    # Four equal rows a problem
+    assert logs["tokens_saved_by_packing"] == (0 if packing == "none" else 0.75)
+    useful, labels = logs["useful_tokens_per_second"], logs["step_labels_per_second"]
+    row_length = trainer.eval_collator([trainer.train_dataset[0]])["input_ids"].shape[1]
+    assert useful / labels == pytest.approx(row_length)
+    if packing == "none":
+        assert logs["tokens_per_second"] == pytest.approx(useful)
+    else:
+        assert useful / 4 <= logs["tokens_per_second"] < useful / 2
+
+
+def test_only_last_steps_teach_and_all_are_evaluated(tiny_prm_path, tmp_path):
+    args = _config(tmp_path, train_on_last_step_only=True)
+    rows = [{**row, "labels": [0.5] * len(row["labels"])} for row in toy_rows(6)]
+    trainer = PRMTrainer(tiny_prm_path, args, train_dataset=rows, eval_dataset=rows)
+    batch = list(trainer.train_dataset)
+    assert (~trainer.data_collator(batch)["labels"].isnan()).sum(dim=1).tolist() == [1] * 6
+    assert trainer.evaluate()["eval_num_labels"] == sum(len(row["labels"]) for row in rows)
+
+
+def test_settings_of_the_other_kind_of_model_are_refused(tiny_prm_path, tmp_path):
+    for settings in ({"step_separator": "<step>"}, {"max_completion_length": 10}):
+        with pytest.raises(ValueError, match="only for token classification models"):
+            PRMTrainer(tiny_prm_path, _config(tmp_path, **settings), train_dataset=toy_rows(4))
+
+
 def test_a_policy_learns_the_toy_task(tiny_vlm_path, tmp_path):
     args = _config(tmp_path, max_steps=60, per_device_train_batch_size=16, gradient_checkpointing=True)
     trainer = PRMTrainer(tiny_vlm_path, args, train_dataset=toy_rows(48), eval_dataset=toy_rows(24))
@@ -68,6 +148,7 @@ def test_a_policy_learns_the_toy_task(tiny_vlm_path, tmp_path):
     assert after["eval_auc_within_problems"] == 1
     assert after["eval_brier"] < 0.01
     assert after["eval_num_labels"] == 32
+    assert after["eval_f1_wrong"] == after["eval_f1_wrong_calibrated"] == after["eval_first_error_accuracy"] == 1
 
 
 def test_saved_model_scores_the_same_and_is_a_plain_checkpoint(tiny_vlm_path, tmp_path):

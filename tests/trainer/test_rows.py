@@ -1,8 +1,10 @@
 import datasets
 import pytest
+from transformers.utils import logging as transformers_logging
 
 from mm_prm.data.features import RowError
 from mm_prm.models import ProcessRewardProcessor
+from mm_prm.trainer import DataCollatorForProcessReward
 from mm_prm.trainer.rows import RowView, prepare_rows
 
 from ..testing_utils import tiny_image
@@ -64,6 +66,51 @@ def test_weights_must_be_there_for_each_label(processor):
     with pytest.raises(RowError, match=r"row 1 .*num_judged = \[0, None\]: must hold a positive number for step 0"):
         prepare_rows(rows, processor, needs_num_judged=True)
     assert len(prepare_rows(rows, processor)) == 4
+
+
+def test_bad_rows_are_skipped_counted_and_listed(processor, caplog):
+    rows = toy_rows(7)
+    rows[1] = {**rows[1], "labels": [1.5, None]}
+    rows[3] = {**rows[3], "images": [{"path": "nowhere.png", "bytes": None}]}
+    rows[4] = {**rows[4], "labels": [None, None]}
+    rows[6] = {**rows[6], "completions": [], "images": [None]}
+    transformers_logging.enable_propagation()
+    view = prepare_rows(rows, processor, skip_bad_rows=True)
+    transformers_logging.disable_propagation()
+    assert [row["row_index"] for row in view] == [0, 2, 5]
+    assert "3 of 7 rows are bad and are left out" in caplog.text
+    for listed in (r"row 1 ('problem-0'): labels[0] = 1.5", "row 3: images[0] = 'nowhere.png'", "row 6: images[0] = None"):
+        assert listed in caplog.text
+    assert "1 of 7 rows have no label" in caplog.text
+
+
+def test_conversational_prompts_are_bare_ones(processor):
+    row = {"completions": ["7.", "4."], "labels": [1.0, 0.5], "images": [tiny_image(1)]}
+    parts = [{"type": "text", "text": "Look: "}, {"type": "image", "text": None}, {"type": "text", "text": " How many?"}]
+    prompts = ["Look: <image> How many?", [{"role": "user", "content": parts}], "How many?"]
+    prompts.append([{"role": "user", "content": "How many?"}])
+    view = prepare_rows([{**row, "prompt": prompt} for prompt in prompts], processor)
+    collator = DataCollatorForProcessReward(processor)
+    ids = [collator([view[index]])["input_ids"].tolist() for index in range(4)]
+    assert ids[0] == ids[1] != ids[2] == ids[3]
+    assert view.text_lengths()[0] == view.text_lengths()[1] and view.trees()[2] == view.trees()[3]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "one user turn"),
+        ([{"role": "system", "content": "Think."}], "one user turn"),
+        ([{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}], "one user turn"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "neither text nor image: {'type': 'audio'}"),
+        (7, "must be the question as text, or a conversation"),
+    ],
+)
+def test_other_conversations_are_refused(processor, prompt, message):
+    rows = toy_rows(2)
+    rows[1] = {**rows[1], "prompt": prompt}
+    with pytest.raises(RowError, match=message):
+        prepare_rows(rows, processor)
 
 
 def test_bool_and_int_labels_are_numbers(processor):
