@@ -61,7 +61,7 @@ class ScorerSettings:
 
     def check_scorer(self) -> None:
         """Raises `ValueError` where settings do not go together."""
-        engine = self._engine()
+        engine = self._model_engine()
         if engine == "server" and self.base_url is None:
             raise ValueError("base_url: is needed where engine is 'server'")
         if engine == "server" and self.dtype is not None:
@@ -78,18 +78,18 @@ class ScorerSettings:
 
         if self.base_url is not None:
             return ServedScorer(self.base_url, self.model, max_concurrency=self.max_concurrency)
-        if self._engine() == "vllm":
+        if self._model_engine() == "vllm":
             engine: dict[str, Any] = {
                 "gpu_memory_utilization": self.gpu_memory_utilization,
                 "tensor_parallel_size": self.tensor_parallel_size,
             }
             given = {name: value for name, value in engine.items() if value is not None}
             try:
-                return VLLMScorer(self._path(), dtype=self.dtype, max_model_len=self.max_model_len, **given)
+                return VLLMScorer(self._model_path(), dtype=self.dtype, max_model_len=self.max_model_len, **given)
             except ImportError as error:
                 raise ValueError(str(error)) from error
         return Scorer.from_pretrained(
-            self._path(),
+            self._model_path(),
             dtype=self.dtype,
             device=self.device,
             max_tokens=self.max_tokens,
@@ -102,14 +102,14 @@ class ScorerSettings:
         from mm_prm.inference import ServedScorer
 
         # Two engines differ in the last digits, as two types of the weights do.
-        settings = {"engine": self._engine(), "dtype": self.dtype}
-        path = ServedScorer(self.base_url).model if self.base_url and not self.model else self._path()
+        settings = {"engine": self._model_engine(), "dtype": self.dtype}
+        path = ServedScorer(self.base_url).model if self.base_url and not self.model else self._model_path()
         return describe(ScorerSettings.open_scorer, path, settings)
 
-    def _engine(self) -> str:
+    def _model_engine(self) -> str:
         return self.engine or ("transformers" if self.base_url is None else "server")
 
-    def _path(self) -> str:
+    def _model_path(self) -> str:
         from mm_prm.embedded import model_path
 
         return model_path(self.model or "mini-prm")

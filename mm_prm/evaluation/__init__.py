@@ -1,6 +1,6 @@
 """From a policy and a process reward model to the numbers of a benchmark, each stage kept and resumable."""
 
 from .judging import ToleranceJudge
-from .stages import sample_candidates, score_candidates
+from .stages import sample_candidates, score_candidates, search_candidates
 
-__all__ = ["ToleranceJudge", "sample_candidates", "score_candidates"]
+__all__ = ["ToleranceJudge", "sample_candidates", "score_candidates", "search_candidates"]

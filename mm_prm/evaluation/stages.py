@@ -3,13 +3,15 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 
 from mm_prm.annotation.journal import Journal
 from mm_prm.annotation.protocols import Policy, Rollout, RolloutRequest
+from mm_prm.inference.guided_search import SearchConfig, SearchResult, StepScorer, search
 
 # Problems whose images are in memory at a time, and whose solutions share batches.
 _PROBLEMS_AT_ONCE = 32
@@ -17,16 +19,6 @@ _PROBLEMS_AT_ONCE = 32
 _PROBLEM_FIELDS = ("id", "question", "choices")
 
 ShowProgress = Callable[[int], None]
-
-
-class StepScorer(Protocol):
-    """What scoring needs: [`~mm_prm.inference.Scorer`], or one behind a server."""
-
-    def score(
-        self, problems: Sequence[Mapping[str, Any]], candidates: Sequence[Sequence[Sequence[str]]]
-    ) -> list[list[list[float]]]:
-        """One score for each step of each candidate of each problem."""
-        ...
 
 
 def sample_candidates(
@@ -106,6 +98,46 @@ def score_candidates(
 
     settings = [["scores", scorer_identity, solutions] for solutions in candidates]
     return _kept(problems, settings, compute, journal, progress)
+
+
+def search_candidates(
+    problems: datasets.Dataset,
+    open_policy: Callable[[], Policy],
+    open_scorer: Callable[[], StepScorer],
+    identity: str,
+    config: SearchConfig,
+    journal: Journal,
+    progress: ShowProgress,
+) -> list[SearchResult]:
+    """
+    Search solutions with a process reward model.
+
+    Args:
+        problems (`datasets.Dataset`):
+            Problem rows.
+        open_policy (`Callable[[], Policy]`):
+            Opens the policy; called when the first step is needed.
+        open_scorer (`Callable[[], StepScorer]`):
+            Opens the scorer; called when the first step is needed.
+        identity (`str`):
+            What policy and model are, see [`~mm_prm.annotation.identity.describe`].
+        config ([`~mm_prm.inference.SearchConfig`]):
+            How each problem is searched.
+        journal ([`Journal`]):
+            Keeps what is finished.
+        progress (`Callable[[int], None]`):
+            Called with the number of problems that are done.
+
+    Returns:
+        `list[SearchResult]`: One for each problem.
+    """
+    policy, scorer = cache(open_policy), cache(open_scorer)
+
+    def compute(rows: list[Mapping[str, Any]], _: range) -> list[Any]:
+        return [asdict(result) for result in search(rows, policy(), scorer(), config)]
+
+    settings = ["search", identity, asdict(config)]
+    return [SearchResult(**value) for value in _kept(problems, [settings] * len(problems), compute, journal, progress)]
 
 
 def _kept(
