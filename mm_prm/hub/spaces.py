@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import RepoCard, SpaceCard, SpaceCardData
 
-from .cards import metric_card
+from .cards import _read_template, metric_card
 from .upload import TAG, Upload
 
 METRICS = Path(__file__).parents[1] / "metrics"
@@ -75,6 +75,32 @@ def space_upload(source: str | Path, repo_id: str) -> Upload:
         written = SpaceCardData(title=title, sdk="gradio", app_file="app.py", tags=[TAG])
         files["README.md"] = str(SpaceCard(f"---\n{written.to_yaml()}\n---\n\n# {title}\n")).encode()
     return Upload(repo_id, "space", files, f"Push {repo_id.split('/')[-1]} with mm-prm", space_sdk=sdk)
+
+
+def app_files(model: str, title: str) -> dict[str, str]:
+    """
+    The files of a Space in which everybody can have steps scored; see [`~mm_prm.report.app.build_app`].
+
+    Args:
+        model (`str`):
+            The model's Hub repository, or mini-prm for the embedded one.
+        title (`str`):
+            Title of the Space.
+
+    Returns:
+        `dict[str, str]`: Text by file name.
+    """
+    from jinja2 import Template
+
+    from mm_prm import __version__
+
+    data = SpaceCardData(title=title, sdk="gradio", app_file="app.py", tags=[TAG])
+    if "/" in model:
+        data.models = [model]
+    values = {"model": model, "title": title, "card_data": data.to_yaml()}
+    names = ("app.py", "README.md")
+    files = {name: Template(_read_template(f"space/{name}.jinja")).render(values) + "\n" for name in names}
+    return files | {"requirements.txt": f"mm-prm[app]=={__version__}\n"}
 
 
 def _is_hidden(part: str) -> bool:
