@@ -38,9 +38,7 @@ def plot_label_quality(quality: Mapping[str, Any], path: str | Path) -> Path:
 
     rows = quality["by_depth"]
     _draw(depth, list(range(len(rows))), [row["disagreement"] for row in rows], _BLUE, "on the wrong side")
-    _draw(
-        depth, list(range(len(rows))), [row["mean_absolute_error"] for row in rows], _RED, "mean absolute error", "--"
-    )
+    _draw(depth, list(range(len(rows))), [row["mean_squared_error"] for row in rows], _RED, "mean squared error", "--")
     depth.set_xticks(range(len(rows)), [row["depth"] for row in rows])
     depth.set_xlabel("steps")
     depth.set_title("error by depth")
