@@ -129,7 +129,7 @@ def test_steps_are_scored_in_the_browser(address, scorer, tmp_path):
     from selenium.webdriver.support.wait import WebDriverWait
 
     example = mini.problem("test", 3)
-    problem, steps = example.row(), [HOSTILE, *example.solution("right"), r"So $\frac{1}{2}$."]
+    problem, steps = example.row(), [*example.solution("right"), HOSTILE, r"So $\frac{1}{2}$."]
     problem["images"][0].save(tmp_path / "problem.png")
     with open_browser(tmp_path / "profile") as browser:
         driver = browser.driver
@@ -145,8 +145,10 @@ def test_steps_are_scored_in_the_browser(address, scorer, tmp_path):
         lines = wait.until(lambda _: driver.find_elements(By.CSS_SELECTOR, "#steps li"))
         assert [line.find_element(By.CLASS_NAME, "text").text for line in lines][:-1] == steps[:-1]
         shown = [float(line.find_element(By.CLASS_NAME, "score").text) for line in lines]
-        # The picture went through the browser without loss
-        assert shown == pytest.approx(scorer.score([problem], [[steps]])[0][0], abs=0.006)
+        # The picture went through the browser without loss: without it the right steps have other scores
+        expected, blind = scorer.score([problem, problem | {"images": []}], [[steps], [steps]])
+        assert shown == pytest.approx(expected[0], abs=0.006) and max(shown) > 0.9
+        assert shown != pytest.approx(blind[0], abs=0.1)
         assert "hacked" not in driver.title and not driver.find_elements(By.CSS_SELECTOR, "#steps img")
         assert driver.find_elements(By.CSS_SELECTOR, "#steps math mfrac")
         browser.screenshot(tmp_path / "desk.png")

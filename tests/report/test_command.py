@@ -93,7 +93,7 @@ def test_problems_are_found_by_the_settings_of_the_run(capsys):
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data")
 def test_a_benchmark_of_labelled_steps():
     args = ["evaluate", "--benchmark", "processbench", "--benchmark_path", str(SHARED / "processbench")]
-    assert main([*args, "--limit", "3", "--num_resamples", "20", "--output", "run"]) == 0
+    assert main([*args, "--limit", "2", "--num_resamples", "20", "--output", "run"]) == 0
     page = report("run")
     for shown in ("mini-prm on processbench", "Wrong steps found", "labels of the steps", "gsm8k", "✗ wrong"):
         assert shown in page.text
