@@ -4,10 +4,12 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mm_prm.annotation.adaptive import ROLLOUTS_AT_ONCE
+
 # A request owns that many consecutive seeds; a power of two.
 MAX_ROLLOUTS_PER_REQUEST = 4096
 
-_COMMON = ("strategy", "num_rollouts", "rollout_budget", "seed")
+_COMMON = ("strategy", "num_rollouts", "adaptive_rollouts", "rollout_budget", "seed")
 _STRATEGY_FIELDS = {
     "omegaprm": ("max_search_count", "c_puct", "alpha", "beta", "length_scale", "ancestor_compatible"),
     "flat": ("flat_num_solutions", "flat_solutions_per_verdict"),
@@ -29,6 +31,10 @@ class AnnotationConfig:
             every step prefix of a few of them, as VisualPRM does.
         num_rollouts (`int`, *optional*, defaults to `16`):
             Rollouts sampled from each measured prefix.
+        adaptive_rollouts (`bool`, *optional*, defaults to `False`):
+            Sample 4 rollouts from a prefix, and more only while its label is undecided: up to 5/4 of `num_rollouts` for
+            labels between 0 and 1, a few for the others. See [`mm_prm.annotation.adaptive`] for the test and its error
+            bounds. The rollouts of the problem itself are always all sampled: among them the search finds its start.
         rollout_budget (`int`, *optional*, defaults to `1000`):
             Most rollouts that one problem may cost; never exceeded, so a tree ends when the next request would.
         seed (`int`, *optional*, defaults to `0`):
@@ -70,6 +76,10 @@ class AnnotationConfig:
         metadata={"help": "Search for the first wrong step (`omegaprm`) or measure every prefix (`flat`)."},
     )
     num_rollouts: int = field(default=16, metadata={"help": "Rollouts sampled from each measured prefix."})
+    adaptive_rollouts: bool = field(
+        default=False,
+        metadata={"help": "Sample 4 rollouts from a prefix, and more only while its label is undecided."},
+    )
     rollout_budget: int = field(default=1000, metadata={"help": "Most rollouts that one problem may cost."})
     seed: int = field(default=0, metadata={"help": "Seed of the run."})
     max_search_count: int = field(default=200, metadata={"help": "Most wrong rollouts of a problem searched."})
@@ -101,6 +111,13 @@ class AnnotationConfig:
         for name in ("num_rollouts", "flat_num_solutions"):
             if getattr(self, name) > MAX_ROLLOUTS_PER_REQUEST:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: must not exceed {MAX_ROLLOUTS_PER_REQUEST}")
+        if self.adaptive_rollouts and self.ancestor_compatible:
+            raise ValueError("adaptive_rollouts: the ancestor's search has none; leave ancestor_compatible out")
+        if self.adaptive_rollouts and self.num_rollouts < 2 * ROLLOUTS_AT_ONCE:
+            raise ValueError(
+                f"adaptive_rollouts: starts with {ROLLOUTS_AT_ONCE} rollouts; num_rollouts = {self.num_rollouts!r} "
+                f"must be at least {2 * ROLLOUTS_AT_ONCE}"
+            )
         if self.max_search_count < 0:
             raise ValueError(f"max_search_count = {self.max_search_count!r}: must not be negative")
         if self.c_puct < 0:

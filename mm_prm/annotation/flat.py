@@ -36,6 +36,7 @@ class FlatRollouts:
         self._config = config
         self._tree = SearchTree(problem_id, config)
         self._ready = [self._tree.ask((), config.flat_num_solutions)]
+        self._measured: dict[Steps, RolloutRequest] = {}  # prefixes with their first requests
 
     @property
     def done(self) -> bool:
@@ -62,21 +63,26 @@ class FlatRollouts:
         node = self._tree.receive(request, rollouts, verdicts)
         if not request.prefix:
             self._ready = self._measure_prefixes(node)
+        elif self._config.adaptive_rollouts and not self._tree.waiting:
+            # All prefixes have their answers of this round, so that which came first makes no difference.
+            asked = (self._tree.ask_for_value(prefix) for prefix in self._measured)
+            self._ready = [request for request in asked if request is not None]
 
     def to_row(self, cost: Cost | None = None) -> dict[str, Any]:
         """The tree's row, with the columns of `mm_prm.data.features.TREE_FEATURES`."""
         return self._tree.to_row(cost)
 
     def _measure_prefixes(self, root: Node) -> list[RolloutRequest]:
-        requests: dict[Steps, RolloutRequest] = {}
+        requests = self._measured
         for solution in self._chosen_solutions(root):
             for length in range(1, len(solution)):
                 prefix = solution[:length]
                 if prefix in requests:
                     continue
-                if not self._tree.affords(self._config.num_rollouts):
+                request = self._tree.ask_for_value(prefix)
+                if request is None:
                     return list(requests.values())
-                requests[prefix] = self._tree.ask(prefix, self._config.num_rollouts)
+                requests[prefix] = request
         return list(requests.values())
 
     def _chosen_solutions(self, root: Node) -> list[Steps]:

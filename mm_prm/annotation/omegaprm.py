@@ -116,6 +116,10 @@ class OmegaPRM:
         """
         bisection = self._bisection
         node = self._tree.receive(request, rollouts, verdicts, bisection.node.node_id if bisection else -1)
+        if self._config.adaptive_rollouts and bisection is not None:
+            self._next = self._tree.ask_for_value(node.prefix)
+            if self._next is not None:
+                return
         self._fill_pool(node)
         if bisection is not None:
             self._narrow(bisection, node)
@@ -201,8 +205,7 @@ class OmegaPRM:
             prefix = bisection.start + bisection.steps[: bisection.middle + 1]
             known = None if config.ancestor_compatible else self._tree.find(prefix)
             if known is None:
-                if config.ancestor_compatible or self._tree.affords(config.num_rollouts):
-                    self._next = self._tree.ask(prefix, config.num_rollouts)
+                self._next = self._tree.ask_for_value(prefix)
                 return
             self._narrow(bisection, known)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mm_prm.annotation.adaptive import ROLLOUTS_AT_ONCE, is_decided, most_rollouts
 from mm_prm.annotation.config import MAX_ROLLOUTS_PER_REQUEST, AnnotationConfig
 from mm_prm.annotation.protocols import Rollout, RolloutRequest, VerdictValue
 
@@ -98,6 +99,8 @@ class SearchTree:
         self.nodes: list[Node] = []
         self.num_requested = 0
         self._by_prefix: dict[Steps, Node] = {}
+        # Right and judged rollouts that pass through a prefix, wherever they began; counted where somebody looks at it.
+        self._passing: dict[Steps, list[int]] = {}
         self._outstanding: dict[int, RolloutRequest] = {}
         self._num_requests = 0
         self._seed_blocks: set[int] = set()
@@ -114,6 +117,24 @@ class SearchTree:
     def find(self, prefix: Steps) -> Node | None:
         """The node that measured exactly this prefix."""
         return self._by_prefix.get(prefix)
+
+    def ask_for_value(self, prefix: Steps) -> RolloutRequest | None:
+        """The next request for the value of a prefix; none where the value is decided, or the budget at its end."""
+        config = self.config
+        num_rollouts = config.num_rollouts
+        if config.adaptive_rollouts:
+            node = self.find(prefix)
+            there = len(node.rollouts) if node is not None else 0
+            num_right, num_judged = self._passing.get(prefix, (0, 0))
+            most = most_rollouts(num_rollouts)
+            if there >= most or (there and is_decided(num_right, num_judged, num_rollouts)):
+                return None
+            num_rollouts = min(ROLLOUTS_AT_ONCE, most - there)
+        elif prefix in self._by_prefix and not config.ancestor_compatible:
+            return None
+        if not config.ancestor_compatible and not self.affords(num_rollouts):
+            return None
+        return self.ask(prefix, num_rollouts)
 
     def ask(self, prefix: Steps, num_rollouts: int) -> RolloutRequest:
         """Make a request out of a prefix; its rollouts count against the budget from now on."""
@@ -158,13 +179,27 @@ class SearchTree:
                     "stripped and not empty"
                 )
         del self._outstanding[request.seed]
-        node = Node(len(self.nodes), parent_id, request.prefix, list(rollouts), list(verdicts))
-        node.num_right = sum(verdict == "right" for verdict in verdicts)
+        node = self.find(request.prefix) if self.config.adaptive_rollouts else None
+        if node is None:
+            node = self._add(Node(len(self.nodes), parent_id, request.prefix))
+        node.rollouts += rollouts
+        node.verdicts += verdicts
+        node.num_right += sum(verdict == "right" for verdict in verdicts)
         if self.config.ancestor_compatible:
-            node.num_judged = len(verdicts)
+            node.num_judged += len(verdicts)
         else:
-            node.num_judged = sum(verdict != "unknown" for verdict in verdicts)
-        return self._add(node)
+            node.num_judged += sum(verdict != "unknown" for verdict in verdicts)
+        if self.config.adaptive_rollouts:
+            self._count_passing(request.prefix, rollouts, verdicts)
+        return node
+
+    def _count_passing(self, prefix: Steps, rollouts: Sequence[Rollout], verdicts: Sequence[VerdictValue]) -> None:
+        for rollout, verdict in zip(rollouts, verdicts, strict=True):
+            if verdict != "unknown":
+                for length in range(len(rollout.steps)):  # a whole solution is measured by its verdict
+                    counts = self._passing.setdefault(prefix + rollout.steps[:length], [0, 0])
+                    counts[0] += verdict == "right"
+                    counts[1] += 1
 
     def add_answer(self, parent_id: int, prefix: Steps, right: bool) -> Node:
         """Add a whole solution, whose value is its verdict. Only the ancestor's trees have such nodes."""
