@@ -27,6 +27,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import disable_dropout_in_model
@@ -561,6 +562,11 @@ def _load(path: str, args: PRMConfig, *, needs_saved_base: bool) -> tuple[PreTra
     if (config.architectures or [""])[0].endswith("ForTokenClassification"):
         classifier = AutoModelForTokenClassification.from_pretrained(path, **init_kwargs)
         return classifier, AutoTokenizer.from_pretrained(path, **config_kwargs)
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            f"{path!r} is a policy, and ZeRO-3 scatters its weights before rows for new tokens can be drawn; save the model and "
+            "the processor that mm_prm.models.create_process_reward_model gives, and train from that folder"
+        )
     if not needs_saved_base:
         return create_process_reward_model(path, seed=args.seed, **init_kwargs)
     base = Path(str(args.output_dir)) / "base_model"

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .two_processes import train
+from mm_prm.models import AutoModelForProcessReward
+
+from .two_processes import half_a_batch, train
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +42,14 @@ def test_one_process_equals_two(two, tiny_prm_path, tmp_path, packing):
     assert one.keys() == other.keys()
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_one_process_equals_two_that_share_the_weights(two, tiny_prm_path):
+    model = AutoModelForProcessReward.from_pretrained(tiny_prm_path)
+    batch, total = half_a_batch(tiny_prm_path)
+    model(**batch, num_items_in_batch=total).loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    sharded = load_file(two / "two-sharded.safetensors")
+    assert sharded.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert (sharded[name] - gradient).norm() <= 1e-5 * gradient.norm(), name

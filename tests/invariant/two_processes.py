@@ -1,10 +1,15 @@
-"""Two training steps on the toy task for each packing; the weights go to a file of its name in the output folder."""
+"""
+Two training steps on the toy task for each packing, and the gradients of a model whose weights FSDP2 splits over the
+processes; each goes to a file of its name in the output folder.
+"""
 
 import sys
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
 
+from mm_prm.models import AutoModelForProcessReward, ProcessRewardProcessor
 from mm_prm.trainer import PRMConfig, PRMTrainer
 
 from ..trainer.toy import toy_rows
@@ -38,6 +43,32 @@ def train(model_path: str, output_file: str, batch_size: int, output_dir: str, p
         save_file({**tensors, "numbers": torch.tensor(numbers, dtype=torch.float64)}, output_file)
 
 
+def sharded_gradients(model_path: str, output_file: str) -> None:
+    """Gradients of this process's half of the rows; the output head, of which two rows are read, is split too."""
+    model = AutoModelForProcessReward.from_pretrained(model_path)
+    for layer in model.get_decoder().layers:
+        fully_shard(layer)
+    fully_shard(model)
+    rank = torch.distributed.get_rank()
+    batch, total = half_a_batch(model_path, rank)
+    # FSDP averages over processes
+    (model(**batch, num_items_in_batch=total).loss * 2).backward()
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+    if rank == 0:
+        save_file(gradients, output_file)
+
+
+def half_a_batch(model_path: str, half: int | None = None) -> tuple[dict, int]:
+    """Every other row of a batch, or all; and the number of labels in all of them."""
+    rows = toy_rows(8)
+    total = sum(label is not None for row in rows for label in row["labels"])
+    rows = rows if half is None else rows[half::2]
+    problems = [{"question": row["prompt"], "images": row["images"]} for row in rows]
+    processor = ProcessRewardProcessor.from_pretrained(model_path)
+    return dict(processor(problems, [row["completions"] for row in rows], [row["labels"] for row in rows])), total
+
+
 if __name__ == "__main__":
     for name in ("none", "rows", "tree"):
         train(sys.argv[1], f"{sys.argv[3]}/two-{name}.safetensors", int(sys.argv[2]), sys.argv[3], name)
+    sharded_gradients(sys.argv[1], f"{sys.argv[3]}/two-sharded.safetensors")
