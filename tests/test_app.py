@@ -4,6 +4,7 @@ import html
 import importlib.util
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import requests
 import yaml
 
 from mm_prm import __version__
@@ -98,28 +100,30 @@ def test_without_gradio(capsys):
     assert "gradio is not installed: `pip install 'mm-prm[app]'`" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module", params=["app", "space"])
-def address(request, tmp_path_factory):
-    """Where the application listens, started by the command, or from the files of a Space."""
+@pytest.mark.skipif(not HAS_GRADIO, reason="needs gradio")
+def test_the_command_serves_until_it_is_interrupted(tmp_path):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    folder = tmp_path_factory.mktemp("served")
-    environment = os.environ | {"GRADIO_SERVER_PORT": str(port), "PYTHONUNBUFFERED": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")])
-    if request.param == "app":
-        command = [sys.executable, "-m", "mm_prm.cli", "app", "mini-prm", "--port", str(port)]
-    else:
-        assert main(["app", "mini-prm", "--space", str(folder / "space")]) == 0
-        command = [sys.executable, str(folder / "space" / "app.py")]
-    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        lines = iter(process.stdout.readline, "")
-        try:
-            line = next(line for line in lines if "http://" in line)
-            yield re.search(r"http://[\w.:]+", line)[0]
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(30)
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "mm_prm.cli", "app", "mini-prm", "--port", str(port)]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
+    ) as process:
+        line = next(line for line in process.stdout if "http://" in line)
+        assert line == f"http://127.0.0.1:{port}/ (stop with Ctrl-C)\n"
+        assert requests.get(f"http://127.0.0.1:{port}/", timeout=30).status_code == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) in (0, 130)
+
+
+@pytest.fixture
+def address(tmp_path):
+    """Where the application of a Space's files listens."""
+    assert main(["app", "mini-prm", "--space", str(tmp_path / "space")]) == 0
+    app = runpy.run_path(str(tmp_path / "space" / "app.py"))["app"]
+    yield app.launch(server_name="127.0.0.1", quiet=True, prevent_thread_lock=True)[1]
+    app.close(verbose=False)
 
 
 @browser_test

@@ -91,7 +91,7 @@ def render_report(
     with_errors = [solution for solution in solutions if solution["step_scores"] and -1 in step_labels(solution)]
     shown_pools, shown_solutions = mixed[:max_problems], with_errors[:max_problems]
     of_pools = {pool["problem_id"] for pool in pools}
-    values, shown_trees = {}, []
+    values, shown_trees = {}, list[Row]()
     for tree in trees:
         if tree["problem_id"] in of_pools:
             values[tree["problem_id"]] = prefix_values(tree)
