@@ -32,7 +32,8 @@ def model_upload(
     """
     Put together what a process reward model's repository holds.
 
-    A card that stands in the folder and has the tag `mm-prm` goes as it is. Otherwise one is written from config.json, the
+    A card that stands in the folder and has the tag `mm-prm` goes as it is, unless something is given here that belongs on
+    the card. Otherwise one is written from config.json, the
     settings of the training (`settings.yaml`, which `mm-prm train` writes) and what is given here.
 
     Args:
@@ -70,7 +71,8 @@ def model_upload(
     if not any(name.endswith(".safetensors") for name in files):
         raise ValueError(f"{folder}: holds no .safetensors file; save the model with `save_pretrained`")
     card = folder / "README.md"
-    if card.is_file() and TAG in (ModelCard.load(card, ignore_metadata_errors=True).data.tags or []):
+    is_given = any((license, base_model, datasets, eval_results, description, limits))
+    if not is_given and card.is_file() and TAG in (ModelCard.load(card, ignore_metadata_errors=True).data.tags or []):
         files["README.md"] = card
     else:
         config = json.loads((folder / ("adapter_config.json" if is_adapter else "config.json")).read_text("utf-8"))

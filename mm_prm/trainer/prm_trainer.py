@@ -416,6 +416,22 @@ class PRMTrainer(_BaseTrainer):
         else:
             _load_weights(self.model, str(self.state.best_model_checkpoint))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Saves the model, its processor and, in the output folder, its card.
+
+        Args:
+            output_dir (`str`, *optional*):
+                Folder to write. Defaults to the output folder.
+        """
+        super().save_model(output_dir, _internal_call)
+        if output_dir is None and not _internal_call:
+            self.create_model_card()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.create_model_card()
+        super()._save_checkpoint(model, trial)
+
     def create_model_card(  # type: ignore[override]
         self,
         model_name: str | None = None,
@@ -436,10 +452,11 @@ class PRMTrainer(_BaseTrainer):
             license (`str`, *optional*):
                 Licence of the model, as the Hub spells it.
         """
-        if self.is_token_classification:
-            super().create_model_card(model_name, dataset_name, tags)
-            return
         if not self.is_world_process_zero():
+            return
+        Path(str(self.args.output_dir)).mkdir(parents=True, exist_ok=True)
+        if self.is_token_classification:
+            super().create_model_card(model_name or Path(str(self.args.output_dir)).resolve().name, dataset_name, tags)
             return
         config, args = cast(PreTrainedModel, self.model).config, cast(PRMConfig, self.args)
         folder, base_model = Path(str(args.output_dir)), str(config.name_or_path)

@@ -279,20 +279,30 @@ def test_hard_labels_threshold_soft_ones(tiny_prm_path, tmp_path):
     assert batches["hard", 0.5] == [1, 0]
 
 
-def test_resumed_training_equals_uninterrupted_training(tiny_vlm_path, tmp_path):
-    class Stop(TrainerCallback):
+@pytest.mark.parametrize("packing", ["none", "tree"])
+def test_resumed_training_equals_uninterrupted_training(tiny_vlm_path, tmp_path, packing):
+    class Die(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 3
+            if state.global_step == 5:
+                raise InterruptedError
 
     def trainer(name, *callbacks):
         args = _config(
-            tmp_path / name, max_steps=6, save_strategy="steps", save_steps=3, gradient_accumulation_steps=2
+            tmp_path / name,
+            max_steps=6,
+            save_strategy="steps",
+            save_steps=2,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            packing=packing,
+            max_grad_norm=1,
         )
         return PRMTrainer(tiny_vlm_path, args, train_dataset=toy_dataset(24), callbacks=list(callbacks))
 
     whole = trainer("whole")
     whole.train()
-    trainer("parts", Stop()).train()
+    with pytest.raises(InterruptedError):
+        trainer("parts", Die()).train()
     resumed = trainer("parts")
     resumed.train(resume_from_checkpoint=True)
     assert _losses(resumed) == _losses(whole)
@@ -374,6 +384,19 @@ def test_rows_without_labels_are_left_out_and_counted(tiny_prm_path, tmp_path, c
     batch = trainer.data_collator(list(trainer.train_dataset))
     assert batch["step_mask"].sum(dim=1).tolist() == [1, 1, 1, 1]
     trainer.train()
+
+
+def test_the_card_comes_with_the_model_and_with_checkpoints(tiny_prm_path, tmp_path):
+    args = _config(tmp_path / "my-prm", save_strategy="steps", save_steps=1, max_steps=1)
+    trainer = PRMTrainer(tiny_prm_path, args, train_dataset=toy_rows(4))
+    trainer.train()
+    card = tmp_path / "my-prm" / "README.md"
+    assert "# my-prm\n" in card.read_text()
+    card.unlink()
+    trainer.save_model(str(tmp_path / "elsewhere"))
+    assert not card.exists()
+    trainer.save_model()
+    assert "# my-prm\n" in card.read_text()
 
 
 def test_model_card_is_written_without_network(tiny_prm_path, tmp_path):
