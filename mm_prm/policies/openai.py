@@ -289,7 +289,7 @@ class OpenAIPolicy:
     def _servers_stop(self) -> bool:
         """Whether every server that answers can be asked for one step, see [`OpenAIPolicy`]."""
         if self._stops is None:
-            unfit = {}
+            unfit: dict[str, str] = {}
             for url in self.client.base_urls:
                 try:
                     reason = self._server_cannot_stop(url)

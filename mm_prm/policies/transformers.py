@@ -205,7 +205,9 @@ class TransformersPolicy:
         longest = max(len(end.encode()) for end in ends)
 
         def complete(rows: Sequence[Sequence[int]]) -> list[bool]:
-            texts = self.prompts.tokenizer.batch_decode([row[-longest:] for row in rows], skip_special_tokens=True)
+            texts = self.prompts.tokenizer.batch_decode(
+                [list(row[-longest:]) for row in rows], skip_special_tokens=True
+            )
             return [any(end in text for end in ends) for text in texts]
 
         return complete
@@ -229,7 +231,7 @@ class TransformersPolicy:
         return rollouts
 
     def _read_step(self, completion: Completion) -> Rollout:
-        text = self.prompts.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+        [text] = self.prompts.tokenizer.batch_decode([completion.tokens], skip_special_tokens=True)
         steps, status = first_step(text, self.prompts.step_format, "finished" if completion.finished else "length")
         return Rollout(steps, status, completion.num_tokens, completion.logprob)
 
