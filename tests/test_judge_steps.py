@@ -1,5 +1,6 @@
 """`mm-prm judge-steps` through its own front door, on the embedded trees."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -46,17 +47,30 @@ def opinion(payload):
     return [{"Yes": math.log(yes), "No": math.log(1 - yes)}]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def trees():
     return pyarrow.parquet.read_table(embedded_path("mini_trees.parquet")).slice(0, 6).to_pylist()
+
+
+def write_input(folder, trees):
+    datasets.Dataset.from_list(trees).to_parquet(folder / "trees.parquet")
+    problems = [problem_from_id(tree["problem_id"]).row() for tree in trees]
+    datasets.Dataset.from_list(problems, features=PROBLEM_FEATURES).to_parquet(folder / "problems.parquet")
 
 
 @pytest.fixture(autouse=True)
 def _folder(tmp_path, monkeypatch, trees):
     monkeypatch.chdir(tmp_path)
-    datasets.Dataset.from_list(trees).to_parquet("trees.parquet")
-    problems = [problem_from_id(tree["problem_id"]).row() for tree in trees]
-    datasets.Dataset.from_list(problems, features=PROBLEM_FEATURES).to_parquet("problems.parquet")
+    write_input(tmp_path, trees)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, trees):
+    """What a run gives that nothing disturbs, and its number of requests."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_input(folder, trees)
+    with ChatServer(opinion) as server, contextlib.chdir(folder):
+        return judged_by(server, "judged.parquet"), len(server.payloads)
 
 
 def arguments(url, *more, output="judged.parquet"):
@@ -106,10 +120,9 @@ def test_every_node_has_its_score_and_nothing_else_changes(trees, capsys):
     assert "judge and Monte Carlo agree on" in capsys.readouterr().out
 
 
-def test_what_is_not_known_is_null_and_asked_again(trees, capsys):
+def test_what_is_not_known_is_null_and_asked_again(trees, whole, capsys):
     hard = trees[3]["nodes"][1]["steps"][0]
     with ChatServer(opinion) as server:
-        whole = judged_by(server, "whole.parquet")
 
         def unclear(payload):
             return [{"Well": -0.1, "Yes": -5.0}] if asked(payload)[2] == hard else opinion(payload)
@@ -124,7 +137,7 @@ def test_what_is_not_known_is_null_and_asked_again(trees, capsys):
         server.answer, before = opinion, len(server.payloads)
         assert main(arguments(server.url)) == 0
         assert [asked(payload)[2] for payload in server.payloads[before + 1 :]] == [hard] * len(unknown)
-    assert judged() == whole
+    assert judged() == whole[0]
 
 
 def judged_by(server, output):
@@ -132,9 +145,8 @@ def judged_by(server, output):
     return judged(output)
 
 
-def test_a_request_that_no_server_answers_is_unknown_and_the_exit_status_tells(trees, capsys):
+def test_a_request_that_no_server_answers_is_unknown_and_the_exit_status_tells(whole, capsys):
     with ChatServer(opinion) as server:
-        whole = judged_by(server, "whole.parquet")
         calls = iter(range(10**6))
         lock = threading.Lock()
 
@@ -153,14 +165,13 @@ def test_a_request_that_no_server_answers_is_unknown_and_the_exit_status_tells(t
         assert main(["rows", "--trees", "judged.parquet", "--output", "r.parquet", "--keep", "consensus"]) == 0
         server.answer = opinion
         assert main(arguments(server.url)) == 0
-    assert judged() == whole
+    assert judged() == whole[0]
 
 
-def test_a_server_that_goes_away_ends_the_run_and_the_same_command_goes_on(capsys):
+def test_a_server_that_goes_away_ends_the_run_and_the_same_command_goes_on(whole, capsys):
+    num_requests = whole[1]
     with ChatServer(opinion) as server:
-        whole = judged_by(server, "whole.parquet")
-        num_requests = len(server.payloads)
-        server.answer = lambda payload: opinion(payload) if len(server.payloads) < num_requests + 20 else ["x", 1][1:]
+        server.answer = lambda payload: opinion(payload) if len(server.payloads) < 20 else ["x", 1][1:]
         more = ("--max_retries", 0, "--max_concurrency", 2)
         assert main(arguments(server.url, *more)) == 2
         message = capsys.readouterr().err
@@ -169,26 +180,24 @@ def test_a_server_that_goes_away_ends_the_run_and_the_same_command_goes_on(capsy
         server.answer, before = opinion, len(server.payloads)
         assert main(arguments(server.url)) == 0
         assert len(server.payloads) - before < num_requests
-    assert judged() == whole
+    assert judged() == whole[0]
 
 
-def test_a_killed_run_goes_on_where_it_stopped():
+def test_a_killed_run_goes_on_where_it_stopped(whole):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
     with ChatServer(opinion) as server:
-        whole = judged_by(server, "whole.parquet")
-        num_requests = len(server.payloads)
         server.seconds = 0.1
         command = [sys.executable, "-m", "mm_prm.cli", *arguments(server.url, "--max_concurrency", 2)]
         run = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-        while len(server.payloads) < num_requests + 15:
+        while len(server.payloads) < 15:
             assert run.poll() is None
             time.sleep(0.01)
         run.send_signal(signal.SIGKILL)
         run.wait()
         server.seconds, before = 0.0, len(server.payloads)
         assert main(arguments(server.url)) == 0
-        assert len(server.payloads) - before < num_requests - 5
-    assert judged() == whole
+        assert len(server.payloads) - before < whole[1] - 5
+    assert judged() == whole[0]
 
 
 def test_another_judge_asks_anew():

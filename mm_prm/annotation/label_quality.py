@@ -19,6 +19,8 @@ _NUM_BINS = 10
 # Deeper prefixes are taken together.
 _DEEPEST = 8
 _JUDGE_THRESHOLD = 0.5
+# With fewer, the bootstrap knows nothing of how they differ.
+_FEWEST_MIXED_PROBLEMS = 10
 
 Estimate = dict[str, float] | None
 
@@ -50,7 +52,7 @@ def label_quality(
     Returns:
         `dict`: `labels`, `left_out` (no reference), `problems`; estimates with `value`, `low` and `high` (95 %), `None`
         where not defined: `share_right` by the reference, `auc` of the label for "right by the reference",
-        `auc_within_problems` (pairs of one problem only), `mean_absolute_error` (against a reference of 0 and 1 it does
+        `auc_within_problems` (pairs of one problem only; at least ten problems have to hold one), `mean_absolute_error` (against a reference of 0 and 1 it does
         not depend on the number of rollouts), `mean_squared_error`, `disagreement` (label and reference on different
         sides of the threshold), `expected_calibration_error` over ten bins. Lists of these by group:
         `calibration`, `by_depth` (number of steps), `by_num_judged` (rollouts behind the label), and
@@ -167,7 +169,7 @@ class _Audit:
             # Mann-Whitney: the rank sum of the right steps, with half a win for a tie
             won[problem] = rankdata(values[places])[right].sum() - num_right * (num_right + 1) / 2
             pairs[problem] = num_right * (len(right) - num_right)
-        return self._ratio(won, pairs)
+        return self._ratio(won, pairs) if (pairs > 0).sum() >= _FEWEST_MIXED_PROBLEMS else None
 
     def at_fewer_rollouts(self, labels: Sequence[Label], num_judged: np.ndarray, seed: int) -> list[dict[str, Any]]:
         """At least half of the labels, the same at every number, from ever more of their rollouts."""

@@ -110,9 +110,10 @@ def run(settings: AuditSettings) -> int:
             values = exact_correctness(labels)
     else:
         values = _fresh_values(settings, labels, is_mini)
-        if any(json.loads(tree["settings"]).get("policy") != settings.policy_identity() for tree in trees):
+        policies = {json.loads(tree["settings"]).get("policy", "") for tree in trees}
+        if not all(_samples_alike(policy, settings.policy_identity()) for policy in policies):
             print(
-                "the policy or its settings are not those of the trees: the reference is another one's",
+                "the policy or its sampling is not that of the trees: the labels are held against another policy's values",
                 file=sys.stderr,
             )
     with reading_input(settings.trees):
@@ -148,6 +149,20 @@ def _check_plot(name: str | None) -> Path | None:
     with reading_input("plot"):
         path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _samples_alike(one: str, other: str) -> bool:
+    """Whether two identities of policies have one checkpoint and one way to sample from it."""
+    import json
+
+    def sampling(identity: str) -> Any:
+        parts = json.loads(identity)
+        return parts.get("checkpoint"), {**parts["settings"], "dtype": None}
+
+    try:
+        return sampling(one) == sampling(other)
+    except (ValueError, KeyError, AttributeError):  # a policy of the user's own describes itself as it likes
+        return one == other
 
 
 def _fresh_values(settings: AuditSettings, labels: "Sequence[Label]", is_mini: bool) -> "np.ndarray":

@@ -95,6 +95,11 @@ class RowConfig:
             raise ValueError(f"right_threshold = {self.right_threshold}: give a number from 0 up to, not including, 1")
         if self.keep not in ("all", "consensus"):
             raise ValueError(f"keep = {self.keep!r}: use 'all' or 'consensus'")
+        if self.sampler == "ancestor" and (self.keep != "all" or self.keep_share != 1):
+            raise ValueError(
+                f"keep = {self.keep!r}, keep_share = {self.keep_share}: sampler 'ancestor' keeps what MM-PRM keeps; leave "
+                "them out"
+            )
         if not 0 <= self.judge_threshold < 1:
             raise ValueError(f"judge_threshold = {self.judge_threshold}: give a number from 0 up to, not including, 1")
         if not 0 < self.keep_share <= 1:

@@ -168,7 +168,15 @@ def test_the_most_informative_tenth_of_the_embedded_trees():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"keep": "best"}, {"keep_share": 0.0}, {"keep_share": 1.5}, {"judge_threshold": 1}]
+    "settings",
+    [
+        {"keep": "best"},
+        {"keep_share": 0.0},
+        {"keep_share": 1.5},
+        {"judge_threshold": 1},
+        {"keep": "consensus", "sampler": "ancestor"},
+        {"keep_share": 0.5, "sampler": "ancestor"},
+    ],
 )
 def test_bad_settings_are_named(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
