@@ -15,6 +15,7 @@ from mm_prm.commands import InputError
 # Each is a module of `mm_prm.commands` with `main(args, prog) -> exit status`.
 COMMANDS = {
     "annotate": "grow a tree of judged rollouts for each problem",
+    "journal": "join the journals of a job array",
     "judge": "check answers against gold answers",
     "judge-steps": "let a language model judge every step of trees",
     "audit": "measure how good the labels of trees are",

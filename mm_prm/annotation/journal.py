@@ -137,15 +137,47 @@ class Journal:
         blob = zlib.compress(json.dumps(row).encode("ascii"), level=1)
         self._execute("BEGIN IMMEDIATE")
         try:
-            self._execute(
-                "INSERT INTO rows (key, row) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET row = excluded.row",
-                (key, blob),
-            )
+            self._store(key, blob)
             self._execute("COMMIT")
         except BaseException:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
+
+    def take_over(self, other: "Journal") -> int:
+        """
+        Store the rows of another journal: all of them, or after an error none.
+
+        Where both have a row under a key, a complete one stands and another does not; of two alike, the own one.
+
+        Args:
+            other ([`Journal`]):
+                The journal that is read.
+
+        Returns:
+            `int`: Number of rows stored.
+        """
+        if self._lock is None:
+            raise JournalError(f"journal '{self.path}': opened to read only")
+        num_stored = 0
+        self._execute("BEGIN IMMEDIATE")
+        try:
+            for key, blob in other._execute("SELECT key, row FROM rows ORDER BY number"):
+                own = self.get(key)
+                if own is None or (own["status"] != "complete" and other._decode(blob)["status"] == "complete"):
+                    self._store(key, blob)
+                    num_stored += 1
+            self._execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+        return num_stored
+
+    def _store(self, key: str, blob: bytes) -> None:
+        self._execute(
+            "INSERT INTO rows (key, row) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET row = excluded.row", (key, blob)
+        )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """All rows, in the order in which their keys were first committed; one is in memory at a time."""
