@@ -17,8 +17,8 @@ class QuickstartConfig:
             Rollouts sampled from each measured prefix.
         rollout_budget (`int`, *optional*, defaults to `80`):
             Most rollouts that one problem may cost.
-        train_steps (`int`, *optional*, defaults to `96`):
-            Optimizer steps of the live training; about a minute on two cores.
+        train_steps (`int`, *optional*, defaults to `80`):
+            Optimizer steps of the live training; about a minute and a half.
         train_batch_size (`int`, *optional*, defaults to `48`):
             Rows of a step, of about a dozen trees.
         learning_rate (`float`, *optional*, defaults to `6e-4`):
@@ -35,7 +35,7 @@ class QuickstartConfig:
     num_problems: int = 40
     num_rollouts: int = 8
     rollout_budget: int = 80
-    train_steps: int = 96
+    train_steps: int = 80
     train_batch_size: int = 48
     learning_rate: float = 6e-4
     num_eval_problems: int = 100

@@ -166,7 +166,7 @@ class Stages:
         )
         trainer = PRMTrainer(str(untrained), arguments, train_dataset=list(rows))
         trainer.remove_callback(PrinterCallback)
-        with ProgressBar("steps", config.train_steps) as bar:
+        with _one_thread(), ProgressBar("steps", config.train_steps) as bar:
             trainer.add_callback(_ShowSteps(bar))
             trainer.train()
         trainer.save_model()
@@ -256,8 +256,8 @@ def _seed(seed: int, problem_id: str) -> int:
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """
-    Without threads inside of an operation: one token of a small model is too little to share, and where another program
-    keeps a core busy, threads that wait for each other at every operation make decoding several times slower.
+    Without threads inside of an operation: a small model leaves them little to share, and where another program keeps a
+    core busy, threads that wait for each other at every operation make it several times slower.
     """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
