@@ -201,6 +201,14 @@ class Annotation:
                 else:
                     self._report(schedule)
 
+    def known_rows(
+        self, problems: Iterable[Problem], journal: Journal | None
+    ) -> Iterator[tuple[int, dict[str, Any] | str]]:
+        """For each problem its row, if it is known without growing a tree, or else the key of its tree."""
+        for index, problem in enumerate(_undecoded(problems)):
+            started = self._start(index, problem, journal)
+            yield index, started.key if isinstance(started, GrowingTree) else started
+
     def _start(self, index: int, problem: Problem, journal: Journal | None) -> GrowingTree | dict[str, Any]:
         """Begin a tree, or give its row at once: from the journal, or because there is nothing to annotate."""
         columns = {name: problem[name] for name in PROBLEM_FEATURES if name in problem}

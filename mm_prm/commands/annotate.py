@@ -7,6 +7,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from mm_prm.annotation.config import AnnotationConfig
@@ -42,6 +43,16 @@ class AnnotateSettings(PolicySettings, JudgeSettings):
         shard (`str`, *optional*):
             I/N, for a job array: annotate every N-th problem only, from the I-th on (1 to N). Output and journal are
             named after it. `mm-prm journal merge` joins the journals.
+        executor (`str`, *optional*, defaults to `"local"`):
+            What runs it: this process, or the workers of a Ray cluster (`pip install 'mm-prm[ray]'`).
+        ray_address (`str`, *optional*):
+            ray: the cluster; that of RAY_ADDRESS, or else a new one on this machine, if not given.
+        ray_workers (`int`, *optional*, defaults to `1`):
+            ray: number of workers, each with a policy of its own.
+        ray_gpus_per_worker (`float`, *optional*, defaults to `0.0`):
+            ray: GPUs of a worker.
+        ray_problems_at_once (`int`, *optional*, defaults to `64`):
+            ray: problems that a worker is given together; a worker that is lost loses the trees of that many.
         journal (`str`, *optional*):
             File that keeps every finished tree; a run that was killed goes on after it. OUTPUT.journal.sqlite if not
             given. Keep it on a local disk.
@@ -55,6 +66,11 @@ class AnnotateSettings(PolicySettings, JudgeSettings):
     on_bad_row: Literal["raise", "skip"] = "raise"
     limit: int | None = None
     shard: str | None = None
+    executor: Literal["local", "ray"] = "local"
+    ray_address: str | None = None
+    ray_workers: int = 1
+    ray_gpus_per_worker: float = 0.0
+    ray_problems_at_once: int = 64
     journal: str | None = None
     output_json: str | None = None
 
@@ -99,6 +115,18 @@ def run(settings: AnnotateSettings, config: AnnotationConfig) -> int:
     with reading_input("judge"):
         settings.check_judge()
 
+    if settings.executor == "ray":
+        with reading_input("executor"):
+            from mm_prm.annotation.ray import RayWorkers, annotate_on_ray, check_ray
+
+            check_ray()
+            workers = RayWorkers(
+                number=settings.ray_workers,
+                num_gpus=settings.ray_gpus_per_worker,
+                problems_at_once=settings.ray_problems_at_once,
+                address=settings.ray_address,
+            )
+
     def open_policy() -> Policy:
         with reading_input("policy"):
             return settings.open_policy()
@@ -125,13 +153,17 @@ def run(settings: AnnotateSettings, config: AnnotationConfig) -> int:
                     underway, free = progress.trees_in_flight, progress.trees_from_journal
                     bar.update(progress.trees_done, rates.note(progress), underway=underway, free=free)
 
-            trees = annotate(
+            if settings.executor == "ray":
+                grow: Any = partial(annotate_on_ray, workers=workers)
+            else:
+                grow = annotate
+            trees = grow(
                 problems,
                 open_policy,
                 open_judge,
                 config,
-                journal,
-                show,
+                journal=journal,
+                on_progress=show,
                 # Rules work on the processor, where more threads than a few only take turns.
                 judge_concurrency=4 if settings.judge == "rules" else settings.judge_max_concurrency,
                 policy_identity=policy_identity,

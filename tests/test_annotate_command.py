@@ -1,10 +1,15 @@
-"""`mm-prm annotate --shard` and `mm-prm journal merge`: a job array makes the trees of a single run."""
+"""What `mm-prm annotate` shows and costs; `--shard` and `mm-prm journal merge`: a job array makes the trees of one run."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
 
 import datasets
 import pytest
 
-from mm_prm.annotation import Journal
+from mm_prm.annotation import Journal, Progress
 from mm_prm.cli import main
+from mm_prm.commands.annotate import Rates
 from mm_prm.commands.policy_settings import PolicySettings
 from tests.annotation.scripted import ScriptedPolicy
 
@@ -61,6 +66,44 @@ def test_of_two_rows_the_complete_one_stands(tmp_path):
         assert main(["journal", "merge", *inputs, "--output", str(tmp_path / f"{first}-merged")]) == 0
         with Journal(tmp_path / f"{first}-merged") as journal:
             assert list(journal) == [rows["complete"]]
+
+
+@pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is installed")
+def test_without_ray_the_way_out_is_named(capsys):
+    assert annotate("--output", "trees", "--executor", "ray") == 2
+    assert "Ray cannot be imported" in (message := capsys.readouterr().err) and "mm-prm[ray]" in message
+
+
+def test_rates_are_those_of_the_last_half_minute():
+    rates = Rates()
+    seen = [
+        Progress(seconds=float(second), rollouts=100 * second, generated_tokens=5000 * second, labels=3 * second)
+        for second in (0, 1, 2)
+    ]
+    assert rates.is_due(seen[0])
+    rates.note(seen[0])
+    assert not rates.is_due(Progress(seconds=0.05)) and rates.is_due(seen[1])
+    rates.note(seen[1])
+    note = rates.note(seen[2])
+    assert "100 rollouts/s, 5,000 tokens/s, 3.0 labels/s" in note
+    later = Progress(seconds=42.0, rollouts=1200, generated_tokens=20_000, labels=6, trees_in_flight=9, trees_failed=2)
+    later.rollouts_at_policy, later.solutions_at_judge = 64, 7
+    assert rates.note(later) == (
+        "9 trees growing, 25 rollouts/s, 250 tokens/s, 0.0 labels/s, waiting for the policy: 64, for the judge: 7, 2 failed"
+    )
+
+
+def test_a_log_file_gets_lines_and_the_summary_ends_with_the_cost_of_a_label(capsys):
+    assert annotate("--output", "trees.jsonl", "--output_json", "summary.json") == 0
+    output = capsys.readouterr()
+    assert "annotate: 7/7" in output.err and "labels/s" in output.err and "waiting for the policy: 0" in output.err
+    assert "\r" not in output.err and "\x1b" not in output.err
+    summary = json.loads(Path("summary.json").read_text())
+    assert set(summary["cost_per_label"]) == {
+        "rollouts", "prompt_tokens", "generated_tokens", "judge_calls", "seconds"
+    }  # fmt: skip
+    if summary["labels"]:
+        assert f"each label cost {summary['cost_per_label']['rollouts']:.1f} rollouts" in output.out
 
 
 @pytest.mark.parametrize(

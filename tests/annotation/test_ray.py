@@ -1,0 +1,74 @@
+"""Annotation on a Ray cluster of two nodes, one of which is killed half way: the trees of a run on one machine."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from mm_prm.annotation import AnnotationConfig, Journal, annotate
+from mm_prm.data.features import PROBLEM_FEATURES
+from tests.annotation.scripted import ScriptedJudge, ScriptedPolicy, make_problem
+
+ray = pytest.importorskip("ray", reason="needs Ray: pip install 'mm-prm[ray]'")
+
+ROOT = str(Path(__file__).parents[2])
+CONFIG = AnnotationConfig(num_rollouts=4, rollout_budget=40, trees_in_flight=8)
+IDENTITIES = {"policy_identity": "scripted", "judge_identity": "scripted"}
+
+
+def open_policy():
+    return ScriptedPolicy(sleep=0.02)
+
+
+def by_id(rows):
+    rows = list(rows)
+    found = {row["problem_id"]: {**row, "cost": {**row["cost"], "seconds": 0.0}} for row in rows}
+    assert len(found) == len(rows), "each once"
+    return found
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    paths = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
+    monkeypatch.setenv("PYTHONPATH", paths)  # nodes and workers inherit it
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 * 2**20})
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_a_node_is_killed_half_way(cluster, tmp_path):
+    from mm_prm.annotation.ray import RayWorkers, annotate_on_ray
+
+    second = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+    ray.init(address=cluster.address, log_to_driver=False)
+    assert sum(node["Alive"] for node in ray.nodes()) == 2
+    problems = [make_problem(f"p{number}") for number in range(48)]
+    problems[5]["answer"] = ""
+    dataset = Dataset.from_list(problems, features=PROBLEM_FEATURES)
+    path = tmp_path / "trees.journal.sqlite"
+    with Journal(path) as journal:  # some trees are there from an earlier run
+        list(annotate(problems[:4], open_policy, ScriptedJudge, CONFIG, journal, **IDENTITIES))
+    workers = RayWorkers(number=2, num_cpus=0.5, problems_at_once=4)
+    progress, rows = [], []
+    trees = annotate_on_ray(dataset, open_policy, ScriptedJudge, CONFIG, workers, path, progress.append, **IDENTITIES)
+    for row in trees:
+        rows.append(row)
+        if len(rows) == 16:
+            cluster.remove_node(second, allow_graceful=False)
+    assert sum(node["Alive"] for node in ray.nodes()) == 1
+    found = by_id(rows)
+    assert found == by_id(annotate(problems, ScriptedPolicy(), ScriptedJudge(), CONFIG, **IDENTITIES))
+    assert found["p5"]["status"] == "skipped" and len(found) == 48
+    assert progress[-1].trees_done == 48 and progress[-1].trees_from_journal == 4
+    with Journal(path) as journal:
+        assert by_id(journal) == {name: row for name, row in found.items() if name != "p5"}
+    # Everything is in the journal now: no worker is asked.
+    again = annotate_on_ray(dataset, None, None, CONFIG, workers, path, **IDENTITIES)
+    began = time.monotonic()
+    assert by_id(again) == found and time.monotonic() - began < 5
