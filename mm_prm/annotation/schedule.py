@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 from mm_prm.annotation.batching import PolicyThread, check_generation
 from mm_prm.annotation.flat import FlatRollouts
@@ -221,13 +222,13 @@ class Schedule:
         self.solutions_at_judge += len(verdicts)
         self._expect(len(rollouts))
         for steps in verdicts:
-            self._judge.submit(
-                tree.problem,
-                [*request.prefix, *steps],
-                lambda verdict, num_calls, steps=steps: self._events.put(_Judged(judging, steps, verdict, num_calls)),
-            )
+            self._judge.submit(tree.problem, [*request.prefix, *steps], partial(self._note, judging, steps))
         if not verdicts:
             self._receive(judging)
+
+    def _note(self, judging: _Judging, steps: Steps, verdict: Verdict | BaseException, num_calls: int) -> None:
+        """Called in a thread of the judge."""
+        self._events.put(_Judged(judging, steps, verdict, num_calls))
 
     def _judged(self, event: _Judged) -> None:
         judging, verdict = event.judging, event.verdict

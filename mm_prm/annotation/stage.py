@@ -90,7 +90,8 @@ class MCTSAnnotator:
 
     def _open(self) -> Annotation:
         policy, open_policy, open_judge = self.policy, self.open_policy, self.open_judge
-        policy_settings, packages = self.policy_settings, ()
+        policy_settings = self.policy_settings
+        packages: tuple[str, ...] = ()
         if open_policy is None:
             from mm_prm.embedded import model_path
             from mm_prm.policies.settings import default_dtype

@@ -74,18 +74,18 @@ def _row(problem_id: str, prompt: str, root: Mapping[str, Any], path: _Path) -> 
     steps: list[str] = []
     num_right: list[int | None] = []
     num_judged: list[int | None] = []
+    labels: list[float | None] = []
     for node in path:
         before = [None] * (len(node["steps"]) - 1)
         steps += node["steps"]
         num_right += [*before, node["num_right"]]
         num_judged += [*before, node["num_judged"]]
+        labels += [*before, node["num_right"] / node["num_judged"]]
     return {
         "problem_id": problem_id,
         "prompt": prompt,
         "completions": steps,
-        "labels": [
-            None if judged is None else right / judged for right, judged in zip(num_right, num_judged, strict=True)
-        ],
+        "labels": labels,
         "num_right": num_right,
         "num_judged": num_judged,
         "tree_id": problem_id,

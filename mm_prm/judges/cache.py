@@ -67,7 +67,7 @@ class CachedJudge:
             self.hits += row is not None
             self.misses += row is None
         if row is not None:
-            return Verdict(*row, from_cache=True)
+            return Verdict(row[0], row[1], row[2], from_cache=True)
         verdict = self.cached_judge.judge(problem, solution)
         if verdict.verdict != "unknown":
             try:
