@@ -42,7 +42,9 @@ def first(tmp_path_factory):
 def test_results_have_every_number(first):
     _, results = first
     assert (results["num_problems"], results["num_candidates"]) == (4, 4)
-    estimates = [results[name] for name in ("pass@1", "greedy", "majority", "uninformative", "oracle", "weighted_majority")]
+    estimates = [
+        results[name] for name in ("pass@1", "greedy", "majority", "uninformative", "oracle", "weighted_majority")
+    ]
     for verifier in ("prm_before", "prm_after", "prm_shipped"):
         assert set(results[verifier]) == set(AGGREGATORS)
         estimates += results[verifier].values()

@@ -12,5 +12,7 @@ def test_scoring_example():
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "README.md", "exec"), {})
-    right, wrong = ([float(score) for score in re.findall(r"  (\d\.\d\d)", line)] for line in printed.getvalue().splitlines())
+    right, wrong = (
+        [float(score) for score in re.findall(r"  (\d\.\d\d)", line)] for line in printed.getvalue().splitlines()
+    )
     assert min(right) > min(wrong)

@@ -154,7 +154,9 @@ class Scorer:
     ) -> Iterator[tuple[int, tuple[str, ...], list[float]]]:
         """Compute the candidates of each problem as one sequence, several problems in a batch."""
         for start in range(0, len(order), _PROBLEMS_PER_WINDOW):
-            rows = [(index, steps) for index in order[start : start + _PROBLEMS_PER_WINDOW] for steps in solutions[index]]
+            rows = [
+                (index, steps) for index in order[start : start + _PROBLEMS_PER_WINDOW] for steps in solutions[index]
+            ]
             encoded = self.processor.encode([problems[index] for index, _ in rows], [steps for _, steps in rows])
             for batch in token_budget_batches(packer.pack(encoded), self.max_tokens):
                 inputs = self._to_device(packer.collate(encoded, batch))
