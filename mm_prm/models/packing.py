@@ -35,8 +35,6 @@ class PackedRows:
             Token ids; the first row in whole, then of each row what no row before it has.
         depths (`np.ndarray` of shape `(length,)`):
             Index that each token has in its own row.
-        attention_mask (`np.ndarray` of shape `(length, length)`):
-            True where a token may attend to another: to itself, and to what precedes it in its row.
         labels (`np.ndarray` of shape `(length,)`):
             Weighted mean of the labels of all rows that share a token, NaN where none has one (float32).
         label_weights (`np.ndarray` of shape `(length,)`):
@@ -48,12 +46,25 @@ class PackedRows:
     paths: list[np.ndarray]
     input_ids: np.ndarray
     depths: np.ndarray
-    attention_mask: np.ndarray
     labels: np.ndarray
     label_weights: np.ndarray
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def attention_mask(self) -> np.ndarray:
+        """
+        Returns a mask of shape `(length, length)`: true where a token may attend to another, which is to itself and to what
+        precedes it in its row. Made when it is needed, because it is by far the largest part.
+        """
+        mask = np.zeros((len(self), len(self)), dtype=bool)
+        end = 0
+        for path in self.paths:
+            num_new = int(np.count_nonzero(path >= end))
+            start, end = end, end + num_new
+            mask[start:end, path[: len(path) - num_new]] = True
+            mask[start:end, start:end] = np.tri(num_new, dtype=bool)
+        return mask
 
 
 def pack_rows(
@@ -105,7 +116,6 @@ def _pack(
     length = sum(len(input_ids[row]) - shared for row, shared in group)
     ids = np.empty(length, dtype=np.int64)
     depths = np.empty(length, dtype=np.int64)
-    mask = np.zeros((length, length), dtype=bool)
     sums, weights = np.zeros(length, dtype=np.float64), np.zeros(length, dtype=np.float64)
     path = np.empty(0, dtype=np.int64)
     paths = []
@@ -117,15 +127,12 @@ def _pack(
         paths.append(path)
         ids[new] = input_ids[row][shared:]
         depths[new] = np.arange(shared, len(path))
-        if len(new):
-            mask[new[0] : end, path[:shared]] = True
-            mask[new[0] : end, new[0] : end] = np.tri(len(new), dtype=bool)
         labelled = np.flatnonzero(~np.isnan(labels[row]))
         sums[path[labelled]] += labels[row][labelled].astype(np.float64) * label_weights[row][labelled]
         weights[path[labelled]] += label_weights[row][labelled]
     with np.errstate(invalid="ignore"):
         means = (sums / weights).astype(np.float32)
-    return PackedRows([row for row, _ in group], paths, ids, depths, mask, means, weights.astype(np.float32))
+    return PackedRows([row for row, _ in group], paths, ids, depths, means, weights.astype(np.float32))
 
 
 def fill(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -195,10 +202,13 @@ class TreePacker:
                 f"{model.config.model_type!r} models are not known to read packed trees as they read single rows; set "
                 "packing to 'none'"
             )
-        if any(layer != "full_attention" for layer in getattr(text, "layer_types", None) or []):
+        settings = text.to_dict()
+        # Mistral's text models have a window and no list of layers
+        kinds = settings.get("layer_types") or ["sliding_attention" if settings.get("sliding_window") else "full_attention"]
+        if set(kinds) != {"full_attention"}:
             raise ValueError(
-                f"this {model.config.model_type!r} model has layers that do not attend to all tokens (layer_types = "
-                f"{sorted(set(text.layer_types))}); set packing to 'none'"
+                f"this {model.config.model_type!r} model has layers that do not attend to all tokens "
+                f"({', '.join(sorted(set(kinds)))}); set packing to 'none'"
             )
         if text._attn_implementation != "sdpa":
             raise ValueError(
@@ -274,7 +284,7 @@ class TreePacker:
         prompts = [rows.prompts.numbers[tree.rows[0]] for tree, _, _ in places]
         for (tree, index, place), prompt in zip(places, prompts, strict=True):
             input_ids[index, place] = tree.input_ids
-            mask[index, 0, place, place] = tree.attention_mask
+            mask[index, 0, place, place] = tree.attention_mask()
             depths[index, place] = tree.depths
             labels[index, place] = tree.labels
             weights[index, place] = tree.label_weights

@@ -35,6 +35,7 @@ def test_every_row_is_a_path_and_sees_itself_only(rows, max_tokens):
     packed = pack_rows(ids, labels, weights, max_tokens=max_tokens)
     assert sorted(row for sequence in packed for row in sequence.rows) == list(range(len(rows)))
     for sequence in packed:
+        mask = sequence.attention_mask()
         if max_tokens is not None:
             assert len(sequence) <= max(max_tokens, max(len(ids[row]) for row in sequence.rows))
         prefixes = {tuple(ids[row][: end + 1]) for row in sequence.rows for end in range(len(ids[row]))}
@@ -42,8 +43,8 @@ def test_every_row_is_a_path_and_sees_itself_only(rows, max_tokens):
         for row, path in zip(sequence.rows, sequence.paths, strict=True):
             assert sequence.input_ids[path].tolist() == ids[row].tolist()
             assert sequence.depths[path].tolist() == list(range(len(path)))
-            seen = sequence.attention_mask[path[-1]]
-            assert np.flatnonzero(seen).tolist() == sorted(path.tolist())
+            for depth, token in enumerate(path):
+                assert np.flatnonzero(mask[token]).tolist() == sorted(path[: depth + 1].tolist())
 
 
 @given(rows=st.lists(TOKENS, min_size=1, max_size=5))
@@ -164,6 +165,10 @@ def test_architectures_that_cannot_are_named(tiny_prm_path):
         unknown = AutoModelForProcessReward.from_config(build_config(name, tied=True))
         with pytest.raises(ValueError, match=f"'{name}' models are not known to read packed trees"):
             TreePacker(unknown, processor)
+    windows = build_config("internvl", tied=True)
+    windows.text_config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(ValueError, match=r"do not attend to all tokens \(full_attention, sliding_attention\)"):
+        TreePacker(AutoModelForProcessReward.from_config(windows), processor)
     eager = AutoModelForProcessReward.from_pretrained(tiny_prm_path, attn_implementation="eager")
     with pytest.raises(ValueError, match="attn_implementation = 'sdpa' instead of 'eager'"):
         TreePacker(eager, processor)
