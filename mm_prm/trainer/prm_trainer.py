@@ -49,6 +49,7 @@ from .metrics import step_metrics
 from .prm_config import PRMConfig
 from .rows import RowView, prepare_rows
 from .sampler import SortedStepSampler, TreeSampler
+from .saved_base import save_base_model
 from .throughput import Throughput
 from .token_classification import (
     DataCollatorForTokenLabels,
@@ -588,10 +589,7 @@ def _load(path: str, args: PRMConfig, *, needs_saved_base: bool) -> tuple[PreTra
         return create_process_reward_model(path, seed=args.seed, **init_kwargs)
     base = Path(str(args.output_dir)) / "base_model"
     with PartialState().main_process_first():
-        if not (base / "config.json").is_file():
-            whole = {key: value for key, value in init_kwargs.items() if key not in _PLACING}
-            model, processor = create_process_reward_model(path, seed=args.seed, **whole)
-            model.save_pretrained(base)
-            processor.save_pretrained(base)
+        whole = {key: value for key, value in init_kwargs.items() if key not in _PLACING}
+        save_base_model(path, base, seed=args.seed, **whole)
     init_kwargs = {key: value for key, value in init_kwargs.items() if key not in config_kwargs}
     return AutoModelForProcessReward.from_pretrained(base, **init_kwargs), ProcessRewardProcessor.from_pretrained(base)
