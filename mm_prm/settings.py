@@ -14,7 +14,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, overload
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 # YAML 1.1 reads `1e-4`, which has no dot, as text.
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-_SECRET = re.compile(r"(^|_)(hub_token|api_key|password)$")
+_SECRET = re.compile(r"(^|[_-])(token|api[_-]key|password)$", re.IGNORECASE)
 
 
 class SettingsError(ValueError):
@@ -87,7 +87,7 @@ def write_settings(directory: str | Path, settings: Any, name: str = "settings.y
     """
     Write the settings of a run beside its output, so that `--config` reads the same settings back.
 
-    Passwords, API keys and Hub tokens are left out.
+    Passwords, API keys and tokens are left out, see [`without_secrets`].
 
     Args:
         directory (`str` or `Path`):
@@ -105,12 +105,45 @@ def write_settings(directory: str | Path, settings: Any, name: str = "settings.y
         for field in dataclasses.fields(instance):
             if field.name in values:
                 raise ValueError(f"two settings classes have a field {field.name!r}; one file cannot hold both")
-            if field.init and not _SECRET.search(field.name):
+            if field.init:
                 values[field.name] = _plain(getattr(instance, field.name))
     path = Path(directory) / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(yaml.safe_dump(without_secrets(values), sort_keys=False, allow_unicode=True), encoding="utf-8")
     return path
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting or a flag of this name (`hub_token`, `--api-key`) holds a password, an API key or a token."""
+    return _SECRET.search(name) is not None
+
+
+def without_secrets(value: Any, leave_out: Callable[[str, Any], bool] = lambda name, value: False) -> Any:
+    """
+    Drop passwords, API keys and tokens from settings, at any depth.
+
+    Args:
+        value (`Any`):
+            Settings as plain values: mappings, lists, text, numbers.
+        leave_out (`Callable`, *optional*):
+            Says of a name and its value whether it is dropped, too. An item of a list has the name of the list.
+
+    Returns:
+        `Any`: The settings without them.
+    """
+
+    def kept(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {
+                key: kept(str(key), item)
+                for key, item in value.items()
+                if not is_secret(str(key)) and not leave_out(str(key), item)
+            }
+        if isinstance(value, list):
+            return [kept(name, item) for item in value if not leave_out(name, item)]
+        return value
+
+    return kept("", value)
 
 
 def _plain(value: Any) -> Any:

@@ -38,6 +38,7 @@ class Search:
     subjects: list[str] = field(default_factory=list)
     weights: list[float] = field(default_factory=lambda: [1.0])
     hub_token: str | None = None
+    kwargs: dict | None = None
 
     def __post_init__(self):
         if self.num_rollouts < 1:
@@ -206,6 +207,12 @@ def test_secrets_are_not_written(tmp_path):
     text = write_settings(tmp_path, Search(hub_token="hf_secret")).read_text()
     assert "hf_secret" not in text
     assert "hub_token" not in yaml.safe_load(text)
+    secrets = {"token": "hf_secret", "HF_TOKEN": "hf_secret", "api_key": "hf_secret", "db_password": "hf_secret"}
+    kwargs = {**secrets, "max_tokens": 3, "cache_dir": "/home/me", "inner": [{**secrets, "revision": "main"}]}
+    text = write_settings(tmp_path, Search(kwargs=kwargs)).read_text()
+    assert "hf_secret" not in text
+    kept = {"max_tokens": 3, "cache_dir": "/home/me", "inner": [{"revision": "main"}]}
+    assert yaml.safe_load(text)["kwargs"] == kept
 
 
 def test_training_arguments_read_back_equal(tmp_path):

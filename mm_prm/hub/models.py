@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 
+from mm_prm.settings import without_secrets
+
 from .cards import best_of_n_results, eval_result, model_card
 from .upload import TAG, Upload
 
@@ -151,16 +153,17 @@ def _settings(path: Path) -> dict[str, Any]:
         return {}
     from mm_prm.trainer import PRMConfig
 
-    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    settings = without_secrets(yaml.safe_load(path.read_text(encoding="utf-8")) or {}, leave_out=_is_local)
     defaults = {field.name: field.default for field in dataclasses.fields(PRMConfig)}
     return {
         name: value
         for name, value in settings.items()
-        if value not in (None, "", [], {}, defaults.get(name))
-        and name not in _BESIDE_THE_POINT
-        and not name.endswith(("hub_token", "api_key", "password"))
-        and not _is_path(value)
+        if value not in (None, "", [], {}, defaults.get(name)) and name not in _BESIDE_THE_POINT
     }
+
+
+def _is_local(name: str, value: Any) -> bool:
+    return name.endswith("_dir") or _is_path(value)
 
 
 def _is_path(value: Any) -> bool:

@@ -14,6 +14,7 @@ from markdown_it import MarkdownIt
 
 from mm_prm.data.features import TREE_FEATURES
 from mm_prm.hub import best_of_n_results, dataset_card, eval_result, model_card
+from mm_prm.hub.models import model_upload
 from mm_prm.metrics.best_of_n.best_of_n import BestOfN
 from mm_prm.trainer import PRMConfig, PRMTrainer
 from tests.testing_utils import tiny_image
@@ -226,6 +227,23 @@ def test_card_of_a_training(tiny_prm_path, tmp_path):
     assert f"Started from {Path(tiny_prm_path).name}." in content.replace("\\", "")
     assert str(Path(tiny_prm_path).parent) not in content and str(tmp_path) not in content
     assert "hf_secret" not in content
+
+
+def test_settings_on_a_card_hold_neither_secrets_nor_local_paths_at_any_depth(tmp_path):
+    kwargs = {"token": "hf_secret", "cache_dir": "models", "dtype": "bfloat16", "inner": {"api_key": "hf_secret"}}
+    kwargs |= {"files": ["/home/me/a", "owner/b"], "config": str(tmp_path)}
+    settings = {"learning_rate": 4e-6, "model_init_kwargs": kwargs, "push_to_hub_token": "hf_secret"}
+    settings["lr_scheduler_kwargs"] = {"token": "hf_secret"}
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    card = model_upload(tmp_path, "me/prm").files["README.md"].decode()
+    (shown,) = re.findall(r"```yaml\n(.*?)```", card, flags=re.DOTALL)
+    assert yaml.safe_load(shown) == {
+        "learning_rate": 4e-6,
+        "model_init_kwargs": {"dtype": "bfloat16", "inner": {}, "files": ["owner/b"]},
+    }
+    assert not [word for word in ("hf_secret", "/home/me", "cache_dir", str(tmp_path)) if word in card]
 
 
 def test_a_checkout_on_the_path_finds_its_templates(tmp_path):
