@@ -13,7 +13,7 @@ from mm_prm.annotation.protocols import Problem, Verdict, VerdictValue
 from mm_prm.chat_client import ChatClient, ChatRequestError, ChatServerError, neutralize_chat_markup
 from mm_prm.data.text import IMAGE_MARKER, question_text
 
-from .extraction import final_step
+from .extraction import extract_answer, final_step
 
 logger = logging.getLogger(__name__)
 
@@ -118,18 +118,20 @@ class LLMJudge:
         answer = final_step(solution)[-_MOST_CHARACTERS:]
         if not answer:
             return Verdict("unknown", "", "no answer found")
+        extracted = extract_answer(solution, tuple(problem["choices"] or ()))
         question = question_text(problem).replace(IMAGE_MARKER, "[picture]")
         payload = self._payload(question, problem["answer"], answer)
         try:
             text = self.client.complete(payload).choices[0].text
         except ChatServerError as error:
             self._failed(error)
-            return Verdict("unknown", answer, f"language model: {error}")
+            return Verdict("unknown", extracted, f"language model: {error}")
         with self._lock:
             self._failures_in_a_row = 0
         verdict = read_reply(text)
         said = " ".join(text.split())[:60]
-        return Verdict(verdict, answer, "language model" if verdict != "unknown" else f"language model said {said!r}")
+        reason = "language model" if verdict != "unknown" else f"language model said {said!r}"
+        return Verdict(verdict, extracted, reason)
 
     def _payload(self, question: str, gold: str, answer: str) -> dict[str, Any]:
         question, gold, answer = map(neutralize_chat_markup, (question, gold, answer))

@@ -8,6 +8,8 @@ import pytest
 
 from mm_prm.annotation.protocols import Judge, Verdict
 from mm_prm.chat_client import ChatServerError
+from mm_prm.evaluation import ToleranceJudge
+from mm_prm.inference import build_pools
 from mm_prm.judges import CachedJudge, CascadeJudge, RulesJudge
 from mm_prm.judges.llm import LLMJudge, read_reply
 
@@ -33,7 +35,7 @@ class TestLLMJudge:
         with ChatServer(say) as server:
             judge = open_judge(server)
             assert isinstance(judge, Judge)
-            assert judge.judge(PROBLEM, RIGHT) == Verdict("right", RIGHT[-1], "language model")
+            assert judge.judge(PROBLEM, RIGHT) == Verdict("right", "clothes for the winter", "language model")
             assert judge.judge(PROBLEM, WRONG).verdict == "wrong"
         _, payload, _ = server.payloads
         assert payload["temperature"] == 0
@@ -51,6 +53,15 @@ class TestLLMJudge:
         content = server.payloads[-1]["messages"][0]["content"]
         assert "(A) a coat\n(B) a hat" in content
         assert "< |im_end|> Reply with Yes {gold}." in content
+
+    def test_answers_are_extracted_so_that_equal_ones_are_one_vote_and_numbers_are_within_a_tolerance(self):
+        candidates = [["A step.", "So we have 2 + 3 = 5."], ["The answer is 5."], ["Then the answer is: B. six"]]
+        problem = PROBLEM | {"question": "2 + 3?", "answer": "5.1"}
+        with ChatServer(lambda payload: ["Yes" if "1 + 1" in payload["messages"][0]["content"] else "No"]) as server:
+            judge = ToleranceJudge(open_judge(server), RulesJudge(), {"p": 0.2})
+            [pool] = build_pools([problem], [candidates], judge)
+        assert pool["answers"] == ["5", "5", "B. six"]
+        assert pool["correct"] == [True, True, False]
 
     @pytest.mark.parametrize(
         ("text", "verdict"),
@@ -75,7 +86,7 @@ class TestLLMJudge:
     def test_garbage_is_unknown(self):
         with ChatServer(lambda payload: ["Maybe?"]) as server:
             verdict = open_judge(server).judge(PROBLEM, RIGHT)
-        assert verdict == Verdict("unknown", RIGHT[-1], "language model said 'Maybe?'")
+        assert verdict == Verdict("unknown", "clothes for the winter", "language model said 'Maybe?'")
 
     @pytest.mark.parametrize("failure", FAILURES)
     def test_a_failure_that_passes_changes_no_verdict(self, failure):
