@@ -2,9 +2,12 @@
 
 import base64
 import io
+import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any
 
 import requests
@@ -20,6 +23,9 @@ from .solutions import (
     scores_of_candidates,
 )
 
+logger = logging.getLogger(__name__)
+
+_HUB_REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
 _CONNECT_SECONDS = 10.0
 _LONGEST_WAIT_SECONDS = 60.0
@@ -43,8 +49,8 @@ class ServedScorer:
         base_url (`str`):
             Address of the server, for example `http://127.0.0.1:8000`.
         model (`str` or `os.PathLike`, *optional*):
-            Folder or Hub repository from which the processor is loaded. Where the server says it has the model from, if
-            not given.
+            Folder or Hub repository of the model that is served, from which the processor is loaded; a server that says
+            it has another one is an error. Where the server says it has the model from, if not given.
         max_concurrency (`int`, *optional*, defaults to `16`):
             Most requests at once.
         max_retries (`int`, *optional*, defaults to `5`):
@@ -90,6 +96,7 @@ class ServedScorer:
         self._served_name, root = self._find_model()
         self.model = root if model is None else os.fspath(model)
         self.processor = self._load_processor(self.model)
+        self._check_model(root)
         self._checked: set[bool] = set()  # with images, without
 
     def score(
@@ -222,6 +229,20 @@ class ServedScorer:
         except (LookupError, TypeError, AttributeError):
             raise self._foreign(f"answered /v1/models with {answer!s:.200}") from None
 
+    def _check_model(self, root: str) -> None:
+        """Models of one family have the same tokens: only the name tells whose scores they are."""
+        same = _is_same_model(self.model, self._served_name, root)
+        if same is False:
+            raise ScoreServerError(
+                f"{self.base_url} serves {root!r} (as {self._served_name!r}), not {self.model!r}; set `model` to what it "
+                "serves, or start a server for the one that is meant"
+            )
+        if same is None:
+            logger.warning(
+                f"{self.base_url} serves {root!r} (as {self._served_name!r}), and whether that is {self.model!r} cannot be "
+                "known here; the scores count as those of the latter"
+            )
+
     def _load_processor(self, path: str) -> Any:
         from mm_prm.embedded import model_path
         from mm_prm.models import ProcessRewardProcessor
@@ -263,6 +284,21 @@ class ServedScorer:
 
     def _foreign(self, finding: str) -> ScoreServerError:
         return ScoreServerError(f"{self.base_url} {finding}: it is no server of a process reward model; {_ADVICE}")
+
+
+def _is_same_model(model: str, served_name: str, root: str) -> bool | None:
+    """Whether a server has this model; `None` if that cannot be known here, such as of a folder on another machine."""
+    from mm_prm.embedded import EMBEDDED_MODELS, model_path
+
+    # Servers have the embedded models from their own installation.
+    if model == root or (model == served_name and model in EMBEDDED_MODELS):
+        return True
+    given, served = Path(model_path(model)), Path(root)
+    if given.is_dir() and served.is_dir():
+        return given.resolve() == served.resolve()
+    if given.is_dir() or served.is_dir() or not (_HUB_REPOSITORY.fullmatch(model) and _HUB_REPOSITORY.fullmatch(root)):
+        return True if model == served_name else None
+    return model.lower() == root.lower()
 
 
 def _session(max_concurrency: int, max_retries: int, api_key: str | None) -> requests.Session:

@@ -1,13 +1,15 @@
 """Served scores are the local ones; a busy server is asked again; a wrong one is named."""
 
 import json
+import logging
+import shutil
 
 import pytest
 import torch
 
 from mm_prm.cli import main
 from mm_prm.inference import Scorer, ServedScorer
-from mm_prm.inference.served import ScoreServerError
+from mm_prm.inference.served import ScoreServerError, _is_same_model
 from mm_prm.models import ProcessRewardProcessor
 
 from ..models.tiny_processors import PROCESSORS
@@ -199,6 +201,40 @@ def test_servers_of_another_kind(server, problems, replace, message):
     with pytest.raises(ScoreServerError, match=message) as error:
         ServedScorer(server.url, max_retries=0).score(problems[:1], [CANDIDATES[:1]])
     assert server.url in str(error.value)
+
+
+def test_scores_of_another_model_of_the_same_family_are_refused(server, tiny_prm_path, tmp_path, caplog):
+    other, link = tmp_path / "other", tmp_path / "link"
+    shutil.copytree(tiny_prm_path, other)
+    link.symlink_to(tiny_prm_path)
+    with pytest.raises(ScoreServerError) as error:
+        ServedScorer(server.url, other)
+    for words in (server.url, repr(str(tiny_prm_path)), repr(str(other)), "set `model` to what it serves"):
+        assert words in str(error.value)
+    with caplog.at_level(logging.WARNING, logger="mm_prm.inference.served"):
+        ServedScorer(server.url, link)
+        assert not caplog.records
+        server.replace = {"/v1/models": lambda answer: {"data": [{"id": "prm", "root": "/on/another/machine"}]}}
+        assert ServedScorer(server.url, other).model == str(other)
+    (warning,) = caplog.records
+    assert "'/on/another/machine' (as 'prm')" in warning.message and str(other) in warning.message
+
+
+@pytest.mark.parametrize(
+    ("model", "served_name", "root", "expected"),
+    [
+        ("owner/one", "owner/one", "owner/one", True),
+        ("owner/one", "prm", "Owner/One", True),
+        ("owner/one", "prm", "owner/two", False),
+        ("owner/one", "owner/one", "owner/two", False),
+        ("mini-prm", "mini-prm", "/their/packages/mini_prm", True),
+        ("mini-prm", "other", "/their/packages/mini_prm", None),
+        ("owner/one", "prm", "/gone/folder", None),
+        ("owner/one", "owner/one", "/gone/folder", True),
+    ],
+)
+def test_which_names_are_the_same_model(model, served_name, root, expected):
+    assert _is_same_model(model, served_name, root) is expected
 
 
 def test_api_key(server, problems, monkeypatch):
