@@ -149,6 +149,24 @@ def test_a_language_model_decides_what_rules_leave_open_once(capsys):
     assert "1 of them are unknown because no server answered" in capsys.readouterr().out
 
 
+def test_a_server_that_is_gone_ends_the_run_and_a_rerun_goes_on(capsys, monkeypatch):
+    monkeypatch.setattr("mm_prm.commands.judge._ROWS_AT_ONCE", 10)
+    rows = [{"question": f"{number}?", "gold": "7", "prediction": "seven"} for number in range(30)]
+    write(Path("in.jsonl"), rows)
+    with ChatServer(lambda payload: ["Yes"]) as server:
+        flags = ["--judge", "llm", "--judge_model", "m", "--judge_base_urls", server.url, "--judge_max_retries", "0"]
+        server.failures = [None] * 12 + ["500"] * 18  # the opening, a lot and a row
+        assert judge("--input", "in.jsonl", "--output", "out.jsonl", *flags, "--judge_max_concurrency", "1") == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("mm-prm judge: judge: no answer after 1 attempts; the last: ")
+        assert error.endswith("; 10 rows are judged, and the same command goes on after them")
+        assert not Path("out.jsonl").exists() and len(read(".out.jsonl.part")) == 10
+        server.failures, asked = [], len(server.payloads)
+        assert judge("--input", "in.jsonl", "--output", "out.jsonl", *flags) == 0
+        assert len(server.payloads) == asked + 1 + 20
+    assert [(row["question"], row["verdict"]) for row in read("out.jsonl")] == [(r["question"], "right") for r in rows]
+
+
 def test_half_a_surrogate_pair_survives():
     write(Path("in.jsonl"), [{**ROWS[0], "note": "\ud800"}])
     assert judge("--input", "in.jsonl", "--output", "out.jsonl") == 0

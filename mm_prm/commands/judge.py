@@ -83,6 +83,7 @@ def run(settings: JudgeCommandSettings) -> int:
     import hashlib
     import json
 
+    from mm_prm.chat_client import ChatServerError
     from mm_prm.commands.files import write_json, write_settings_beside
     from mm_prm.commands.progress import ProgressBar
 
@@ -120,6 +121,8 @@ def run(settings: JudgeCommandSettings) -> int:
                     os.fsync(lines.fileno())
                     done += len(lot)
                     bar.update(done)
+    except ChatServerError as error:
+        raise InputError(f"judge: {error}; {done} rows are judged, and the same command goes on after them") from error
     except KeyboardInterrupt:
         print(f"interrupted; {done} rows are judged, and the same command goes on after them", file=sys.stderr)
         return 130
@@ -279,15 +282,11 @@ def _apply_rules(answers: Sequence[_Answer]) -> "list[Verdict]":
 
 def _final_verdict(language_model: "Judge | None", answer: _Answer, first: "Verdict | None") -> "Verdict":
     from mm_prm.annotation.protocols import Verdict
-    from mm_prm.chat_client import ChatServerError
 
     if first is not None and (language_model is None or first.verdict != "unknown" or not first.extracted):
         return first
     assert language_model is not None
-    try:
-        verdict = language_model.judge(answer.problem(), [answer.text])
-    except ChatServerError as error:
-        verdict = Verdict("unknown", answer.text, f"language model: {error}")
+    verdict = language_model.judge(answer.problem(), [answer.text])
     if first is None:
         return verdict
     return Verdict(verdict.verdict, first.extracted, f"{first.reason}; {verdict.reason}")
