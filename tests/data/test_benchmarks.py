@@ -197,6 +197,23 @@ def test_bad_rows_are_named_or_skipped(tmp_path):
         load_benchmark("mm-k12", path)
 
 
+def test_of_a_folder_of_splits_only_the_one_that_is_measured_is_read(tmp_path):
+    def row(number):
+        return {"id": str(number), "question": "?", "answer": "1", "image": picture()}
+
+    names = ["problems", "test-00000-of-00002", "test-00001-of-00002", "testmini-00000", "train-00000-of-00001"]
+    for number, name in enumerate(names):
+        write_parquet(tmp_path / f"{name}.parquet", [row(number)], ["image"])
+    assert load_benchmark("mm-k12", str(tmp_path)).problems["id"][:] == ["1", "2"]
+    for name in names[1:3]:
+        (tmp_path / f"{name}.parquet").unlink()
+    with pytest.raises(ProblemFileError, match="no rows that can be used"):
+        load_benchmark("mm-k12", str(tmp_path))
+    for name in names[3:]:
+        (tmp_path / f"{name}.parquet").unlink()
+    assert load_benchmark("mm-k12", str(tmp_path)).problems["id"][:] == ["0"]
+
+
 def test_labels_that_do_not_fit_are_refused(tmp_path):
     row = {"problem": "1 + 1?", "steps": ["It is 2."], "label": 1}
     (tmp_path / "gsm8k.json").write_text(json.dumps([row]), encoding="utf-8")

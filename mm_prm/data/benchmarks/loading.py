@@ -1,6 +1,7 @@
 """From the files of a benchmark to problem rows: what all benchmarks share."""
 
 import hashlib
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from ..problem_files import ProblemFileError, read_rows, to_problem
 from ..text import normalize_image_markers
 
 _SUFFIXES = (".parquet", ".json", ".jsonl")
+# Names that splits have on the Hub: a folder with one of them in it holds more than what is measured.
+_SPLITS = ("train", "validation", "val", "dev", "test", "testmini")
 _IMAGE_LIMITS = {"max_image_bytes": DEFAULT_MAX_IMAGE_BYTES, "max_image_pixels": DEFAULT_MAX_IMAGE_PIXELS}
 
 Row = Mapping[str, Any]
@@ -173,9 +176,9 @@ class _LocalSource:
         files = [self.path]
         if self.path.is_dir():
             files = sorted(file for file in self.path.iterdir() if file.suffix in _SUFFIXES)
-            if len(self.benchmark.splits) > 1:
-                files = [file for file in files if file.name.startswith(split)]
-        elif len(self.benchmark.splits) > 1 and not self.path.name.startswith(split):
+            if any(_opens_with(file, *_SPLITS, *self.benchmark.splits) for file in files):
+                files = [file for file in files if _opens_with(file, split)]
+        elif len(self.benchmark.splits) > 1 and not _opens_with(self.path, split):
             return
         for file in files:
             if file.suffix == ".parquet":
@@ -185,6 +188,11 @@ class _LocalSource:
 
     def image(self, image: Any) -> Any:
         return self.archive.image(image) if self.archive is not None and isinstance(image, str) else image
+
+
+def _opens_with(file: Path, *splits: str) -> bool:
+    """Whether the name of a file opens with the name of a split: `test-00000-of-00001`, but not `testmini`."""
+    return re.match(rf"({'|'.join(map(re.escape, splits))})(?![A-Za-z0-9])", file.name) is not None
 
 
 class _Archive:
