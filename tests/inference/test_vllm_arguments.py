@@ -101,6 +101,34 @@ def test_without_vllm(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        (["--api-key", "hush", "hush2", "--seed", "3"], "--api-key '***' '***' --seed 3"),
+        (["--api-key=hush", "--seed", "3"], "'--api-key=***' --seed 3"),
+        (["--api_key", "hush", "--hf-token", "hush"], "--api_key '***' --hf-token '***'"),
+    ],
+)
+def test_keys_are_not_printed(flags, shown, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["serve", "mini-prm", "--", *flags]) == 2
+    error = capfd.readouterr().err
+    assert error.endswith(f"{shown}\n") and "hush" not in error
+    program = tmp_path / "vllm"
+    program.write_text("")
+
+    def become(path, words):
+        assert words[-len(flags) :] == flags  # the server has them
+        raise KeyboardInterrupt
+
+    program.chmod(0o755)
+    monkeypatch.setattr(os, "execv", become)
+    assert main(["serve", "mini-prm", "--", *flags]) == 130
+    printed = capfd.readouterr().out
+    assert printed.endswith(f"{shown}\n") and "hush" not in printed
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
 def test_the_command_is_printed_and_becomes_the_server(tmp_path):
     program = tmp_path / "vllm"
     program.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\nsys.exit(7)\n")
