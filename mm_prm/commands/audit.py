@@ -169,6 +169,7 @@ def _fresh_values(settings: AuditSettings, labels: "Sequence[Label]", is_mini: b
     from functools import lru_cache
 
     from mm_prm.annotation.audit import fresh_values
+    from mm_prm.chat_client import ChatServerError
     from mm_prm.commands.progress import ProgressBar
     from mm_prm.data import load_problems
     from mm_prm.data.mini import problem_from_id
@@ -195,18 +196,21 @@ def _fresh_values(settings: AuditSettings, labels: "Sequence[Label]", is_mini: b
         policy = settings.open_policy()
     with reading_input("judge"):
         judge = settings.open_judge()
-    with ProgressBar("audit", len(labels)) as bar:
-        return fresh_values(
-            labels,
-            find,
-            policy,
-            judge,
-            num_rollouts=settings.fresh_rollouts,
-            seed=settings.seed,
-            # Rules are quick, and hold Python's lock; a language model wants many requests at once.
-            judge_concurrency=1 if settings.judge == "rules" else settings.judge_max_concurrency,
-            on_progress=bar.update,
-        )
+    try:
+        with ProgressBar("audit", len(labels)) as bar:
+            return fresh_values(
+                labels,
+                find,
+                policy,
+                judge,
+                num_rollouts=settings.fresh_rollouts,
+                seed=settings.seed,
+                # Rules are quick, and hold Python's lock; a language model wants many requests at once.
+                judge_concurrency=1 if settings.judge == "rules" else settings.judge_max_concurrency,
+                on_progress=bar.update,
+            )
+    except ChatServerError as error:
+        raise InputError(str(error)) from error
 
 
 def print_report(report: Mapping[str, Any]) -> None:

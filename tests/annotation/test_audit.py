@@ -15,6 +15,7 @@ from mm_prm.data.mini import problem_from_id
 from mm_prm.data.mini_check import check_steps
 from mm_prm.embedded import embedded_path
 from mm_prm.metrics.steps import within_problem_auc
+from tests.chat_server import ChatServer
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +274,15 @@ def test_the_command_against_fresh_rollouts_of_the_embedded_policy(trees_file, t
     few = ["--num_labels", "4", "--num_resamples", "20"]
     assert main(["audit", "--trees", trees_file, "--reference", "rollouts", *few, *same]) == 0
     assert "not that of the trees" not in capsys.readouterr().err
+
+
+def test_a_server_that_is_gone_is_told_in_one_line(trees_file, capsys):
+    with ChatServer(lambda payload: ["The answer is 4."] * payload["n"], failures=("500",) * 100) as server:
+        settings = ["--policy", "m", "--policy_engine", "server", "--policy_base_urls", server.url]
+        settings += ["--policy_max_retries", "0", "--num_labels", "2", "--fresh_rollouts", "2"]
+        assert main(["audit", "--trees", trees_file, "--reference", "rollouts", *settings]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("mm-prm audit: no answer after 1 attempts") and "status 500" in error
 
 
 @pytest.mark.parametrize(
