@@ -1,6 +1,7 @@
 """`mm-prm evaluate`: the embedded models on problems in a benchmark's columns, cut short and continued."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import datasets
@@ -10,10 +11,12 @@ from mm_prm.annotation.journal import Journal
 from mm_prm.annotation.protocols import Verdict
 from mm_prm.cli import main
 from mm_prm.data import mini, validate_rows
+from mm_prm.embedded import model_path
 from mm_prm.evaluation import ToleranceJudge, stages
 from mm_prm.judges import RulesJudge
 
 from .chat_server import ChatServer
+from .inference.pooling_server import PoolingServer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 NUM_PROBLEMS = 5
@@ -130,6 +133,27 @@ def test_a_language_model_judges_what_rules_leave_open_once(problems):
             assert [pool["correct"][0] for pool in pools] == [True] * NUM_PROBLEMS
             assert results["unknown_verdicts"] == 0
     assert asked[0] > 1 and asked[1] == asked[0] + 1  # the second run opens the server and asks it nothing
+
+
+@pytest.mark.parametrize("gone", ["policy", "scores", "judge"])
+def test_a_server_that_is_gone_is_told_in_one_line(problems, gone, capsys):
+    candidates = [[f"The answer is {number}."] for number in range(3)]
+    rows = [{"problem_id": problem["id"], "candidates": candidates} for problem in problems]
+    Path("candidates.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    answering = ChatServer(lambda payload: ["Yes"], failures=(None,) * (gone == "judge") + ("500",) * 100)
+    with answering as server, closing(PoolingServer(model_path("mini-prm"))) as scores:
+        scores.replace["/pooling"] = (404, {}, b"{}")
+        policy = ["--policy", "m", "--policy_engine", "server", "--policy_base_urls", server.url]
+        judge = ["--judge", "llm", "--judge_model", "m", "--judge_base_urls", server.url, "--judge_max_retries", "0"]
+        flags = {
+            "policy": [*policy, "--policy_max_retries", "0"],
+            "scores": ["--candidates", "candidates.jsonl", "--model_base_url", scores.url],
+            "judge": ["--candidates", "candidates.jsonl", *judge],
+        }
+        assert main([*ARGS, *flags[gone], "--output", "out"]) == 2
+    assert not Path("out/results.json").exists()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("mm-prm evaluate: ") and ("status 404" if gone == "scores" else "status 500") in error
 
 
 def test_steps_of_processbench(capsys):

@@ -105,8 +105,10 @@ def main(args: Sequence[str], prog: str) -> int:
 def run(settings: EvaluateSettings) -> int:
     """Sample, score, judge and measure; print the table."""
     from mm_prm.annotation.journal import Journal, JournalError
+    from mm_prm.chat_client import ChatServerError
     from mm_prm.commands.files import write_json
     from mm_prm.data.benchmarks import load_benchmark
+    from mm_prm.inference.served import ScoreServerError
     from mm_prm.settings import write_settings
 
     output = Path(settings.output).expanduser()
@@ -128,7 +130,7 @@ def run(settings: EvaluateSettings) -> int:
         with Journal(output / "journal.sqlite") as journal:
             measure = _measure_steps if loaded.solutions else _measure_answers
             metrics = measure(settings, loaded, journal, output)
-    except JournalError as error:
+    except (JournalError, ChatServerError, ScoreServerError) as error:
         raise InputError(str(error)) from error
     report = {
         "benchmark": settings.benchmark,
