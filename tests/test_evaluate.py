@@ -110,6 +110,27 @@ def test_candidates_of_a_file(problems, capsys):
     assert "candidates.jsonl: row 0: problem_id = 'other'" in capsys.readouterr().err
 
 
+def test_a_server_scores_under_its_own_models_name(problems, tiny_prm_path, capsys):
+    rows = [{"problem_id": problems[0]["id"], "candidates": [["The answer is 977."], ["The answer is 3."]]}]
+    Path("candidates.jsonl").write_text(json.dumps(rows[0]), encoding="utf-8")
+    args = [*ARGS, "--candidates", "candidates.jsonl", "--output", "out"]
+    assert main(args) == 0
+    embedded = read("out")[0][0]["step_scores"]
+    assert read("out")[1]["model"] == "mini-prm"
+    server = PoolingServer(tiny_prm_path)
+    try:
+        # In the journal of the same output, scores of mini-prm are no scores of the server's model.
+        assert main([*args, "--model_base_url", server.url]) == 0
+        pools, results = read("out")
+        assert results["model"] == str(tiny_prm_path) and pools[0]["step_scores"] != embedded
+        assert sum(path == "/pooling" for path, _ in server.requests) == 2
+        capsys.readouterr()
+        assert main([*args[:-1], "other", "--model_base_url", server.url, "--model", "mini-prm"]) == 2
+        assert f"serves {str(tiny_prm_path)!r} (as 'prm'), not 'mini-prm'" in capsys.readouterr().err
+    finally:
+        server.close()
+
+
 def test_a_language_model_judges_what_rules_leave_open_once(problems):
     candidates = [["Some red thing, or another."], ["The answer is 977."]]
     rows = [{"problem_id": problem["id"], "candidates": candidates} for problem in problems]

@@ -5,6 +5,7 @@ The journal finds a tree again by the hash of these, so whatever changes a tree 
 """
 
 import hashlib
+import importlib.util
 import inspect
 import json
 import os
@@ -99,8 +100,7 @@ def describe(
         "packages": {name: metadata.version(name) for name in packages},
     }
     if path is not None:
-        local = Path(path).is_dir()
-        parts["checkpoint"] = checkpoint_digest(path) if local else [str(path), _hub_revision(str(path))]
+        parts["checkpoint"] = checkpoint_identity(path)
     return json.dumps(parts, sort_keys=True)
 
 
@@ -119,7 +119,8 @@ def _defaults(opener: Callable) -> dict[str, Any]:
 @cache
 def code_digest(name: str) -> str:
     """SHA-256 over the Python files of the package that a module lies in; without package, over its own."""
-    specification = sys.modules[name].__spec__
+    # What is not loaded yet, such as a package that needs torch, is found without loading it.
+    specification = sys.modules[name].__spec__ if name in sys.modules else importlib.util.find_spec(name)
     if specification is None or specification.origin is None:  # typed in a shell or a notebook
         return ""
     file = Path(specification.origin)
@@ -142,6 +143,11 @@ def _hub_revision(name: str) -> str:
         return Path(hf_hub_download(name, "config.json")).parent.name
     except (OSError, ValueError):
         return ""
+
+
+def checkpoint_identity(path: str | os.PathLike[str]) -> str | list[str]:
+    """What a checkpoint is: a local folder's digest, or name and revision of a repository on the Hub."""
+    return checkpoint_digest(path) if Path(path).is_dir() else [str(path), _hub_revision(str(path))]
 
 
 def checkpoint_digest(path: str | os.PathLike[str]) -> str:

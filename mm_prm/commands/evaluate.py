@@ -31,8 +31,9 @@ class EvaluateSettings(PolicySettings, JudgeSettings):
             mm-k12, olympiadbench, mathvista, mathverse, mathvision, processbench or visualprocessbench.
         output (`str`):
             Folder of the results. What is finished is kept there in a journal, and a run that was killed goes on.
-        model (`str`, *optional*, defaults to `"mini-prm"`):
-            Process reward model: a folder, a Hub repository, or mini-prm for the embedded one.
+        model (`str`, *optional*):
+            Process reward model: a folder, a Hub repository, or mini-prm for the embedded one. If not given, the one that
+            the server has, and without a server mini-prm.
         model_base_url (`str`, *optional*):
             Address of a server that `mm-prm serve` started for the model; scores are computed in this process if not
             given.
@@ -71,7 +72,7 @@ class EvaluateSettings(PolicySettings, JudgeSettings):
 
     benchmark: str
     output: str
-    model: str = "mini-prm"
+    model: str | None = None
     model_base_url: str | None = None
     candidates: str | None = None
     benchmark_path: str | None = None
@@ -125,6 +126,8 @@ def run(settings: EvaluateSettings) -> int:
         settings.check_policy()
     with reading_input("judge"):
         settings.check_judge()
+    if settings.model is None:
+        settings = replace(settings, model=_default_model(settings))
     write_settings(output, settings)
     try:
         with Journal(output / "journal.sqlite") as journal:
@@ -196,6 +199,7 @@ def _measure_answers(
         "candidates_without_steps": count_empty(candidates),
         "unknown_verdicts": sum(verdict is None for pool in pools for verdict in pool["correct"]),
     }
+    assert settings.model is not None
     print_tables(results, Path(settings.model).name)
     print(", ".join(f"{number} {name.replace('_', ' ')}" for name, number in counts.items()))
     return counts | {"metrics": results}
@@ -269,26 +273,35 @@ def _read_candidates(path: str, problem_ids: Sequence[str]) -> tuple[list[int], 
     return chosen, [found[place] for place in chosen]
 
 
+def _default_model(settings: EvaluateSettings) -> str:
+    from mm_prm.inference import ServedScorer
+
+    if settings.model_base_url is None:
+        return "mini-prm"
+    with reading_input("model_base_url"):
+        return ServedScorer(settings.model_base_url).model
+
+
 def _scores(
     settings: EvaluateSettings, problems: Any, candidates: Sequence[Any], journal: "Journal"
 ) -> list[list[list[float]]]:
-    from mm_prm.annotation.identity import describe
     from mm_prm.embedded import model_path
-    from mm_prm.evaluation import score_candidates
+    from mm_prm.evaluation import score_candidates, scorer_identity
     from mm_prm.inference import Scorer, ServedScorer
 
+    assert settings.model is not None
     with reading_input("model"):
         path = model_path(settings.model)
 
     def open_scorer() -> Scorer | ServedScorer:
         with reading_input("model"):
             if settings.model_base_url is not None:
-                return ServedScorer(settings.model_base_url, path)
+                return ServedScorer(settings.model_base_url, settings.model)
             return Scorer.from_pretrained(
                 path, dtype=settings.dtype, device=settings.device, max_tokens=settings.max_tokens
             )
 
-    identity = describe(Scorer.from_pretrained, path, {"dtype": settings.dtype})
+    identity = scorer_identity(path, "server" if settings.model_base_url else "transformers", settings.dtype)
     with _progress("score", len(problems)) as show:
         return score_candidates(problems, candidates, open_scorer, identity, journal, show)
 

@@ -98,13 +98,11 @@ class ScorerSettings:
 
     def scorer_identity(self) -> str:
         """What gives the scores, for the journal's key. A server is asked which model it has, if none is given."""
-        from mm_prm.annotation.identity import describe
+        from mm_prm.evaluation import scorer_identity
         from mm_prm.inference import ServedScorer
 
-        # Two engines differ in the last digits, as two types of the weights do.
-        settings = {"engine": self._model_engine(), "dtype": self.dtype}
         path = ServedScorer(self.base_url).model if self.base_url and not self.model else self._model_path()
-        return describe(ScorerSettings.open_scorer, path, settings)
+        return scorer_identity(path, self._model_engine(), self.dtype)
 
     def _model_engine(self) -> str:
         return self.engine or ("transformers" if self.base_url is None else "server")

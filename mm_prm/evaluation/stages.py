@@ -82,7 +82,7 @@ def score_candidates(
         open_scorer (`Callable[[], StepScorer]`):
             Opens the scorer; called when the first score is needed.
         scorer_identity (`str`):
-            What the process reward model is, see [`~mm_prm.annotation.identity.describe`].
+            What the process reward model is, see [`scorer_identity`].
         journal ([`Journal`]):
             Keeps what is finished.
         progress (`Callable[[int], None]`):
