@@ -175,7 +175,7 @@ def test_bad_rows_are_skipped_with_their_reasons(folder, cache, caplog):
     cases = bad_rows(folder)
     rows = seed_rows()
     path = write(folder / "problems.json", [rows[0], *(row for row, _, _ in cases), *rows[1:]])
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="mm_prm.data.mmk12"):
         dataset, skipped = load_problems(path, on_bad_row="skip", cache_dir=cache)
     assert dataset["id"][:] == ["q1", "2", "q3"]
     assert len(skipped) == len(cases)
