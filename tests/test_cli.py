@@ -322,6 +322,7 @@ def test_nothing_but_bad_rows(policy, problems_file, capsys):
         (["--temperature", "1"], "temperature: there is no such setting; did you mean 'policy_temperature'?"),
         (["--config", "gone.yaml"], "gone.yaml: cannot be read"),
         (["--policy", "./gone"], "policy: ./gone: there is no such folder"),
+        (["--policy", "no-such-model"], "policy: no-such-model"),
         (["--policy_top_p", "2"], "policy: top_p: 2.0 has to be above 0"),
         (["--problems", "gone.json"], "gone.json: there is no such file or folder"),
         (["--problems", "mini:nowhere:3"], "mini:nowhere:3: no problem 0 in split 'nowhere'"),

@@ -95,7 +95,7 @@ def test_bad_rows_are_named_by_their_line_and_refused_or_left_out(line, named, c
         (["--judge_model", "m"], "judge_model: rules ask no language model"),
         (["--num_workers", "0"], "num_workers: 0 has to be at least 1"),
         (["--output", "in.jsonl"], "is the input, too"),
-        (["--input", "gone.jsonl"], "gone.jsonl: "),
+        (["--input", "gone.jsonl"], "gone.jsonl: there is no such file"),
         (["--judge", "llm", "--judge_model", "m", "--judge_base_urls", "http://127.0.0.1:9/v1", "--judge_max_retries", "0"], "judge: no answer after 1 attempts"),
     ],
 )  # fmt: skip

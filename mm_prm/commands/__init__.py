@@ -9,16 +9,21 @@ class InputError(Exception):
 
 
 @contextmanager
-def reading_input(name: str = "") -> Iterator[None]:
+def reading_input(name: str = "", value: str | None = None) -> Iterator[None]:
     """
     While input is read, an error is one in the input, and is told in one line.
 
     Args:
         name (`str`, *optional*, defaults to `""`):
             What is read, put before messages that do not name it.
+        value (`str`, *optional*):
+            What it is set to, where that is a file or a model: named too if it cannot be had and the message does not say
+            which.
     """
     try:
         yield
     except (OSError, ValueError) as error:
         message = " ".join(str(error).split())
+        if value is not None and isinstance(error, OSError) and value not in message:
+            raise InputError(f"{name}: {value}: {message}") from error
         raise InputError(message if name in message.split(":")[0] else f"{name}: {message}") from error

@@ -109,7 +109,7 @@ def run(settings: AnnotateSettings, config: AnnotationConfig) -> int:
         number, of = shard
         problems = problems.select(range(number - 1, len(problems), of))
         bad_problems = bad_problems if number == 1 else []  # listed once
-    with reading_input("policy"):
+    with reading_input("policy", settings.policy):
         settings.check_policy()
         policy_identity = settings.policy_identity()
     with reading_input("judge"):
@@ -128,7 +128,7 @@ def run(settings: AnnotateSettings, config: AnnotationConfig) -> int:
             )
 
     def open_policy() -> Policy:
-        with reading_input("policy"):
+        with reading_input("policy", settings.policy):
             return settings.open_policy()
 
     def open_judge() -> Judge:

@@ -98,6 +98,8 @@ def run(settings: JudgeCommandSettings) -> int:
             raise ValueError(f"{output} is a folder; name a .jsonl file")
         if output.exists() and source.exists() and output.samefile(source):
             raise ValueError(f"{output} is the input, too; name another file")
+    if not source.exists():
+        raise InputError(f"{source}: there is no such file")
     with reading_input(str(source)), source.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     bad: list[str] = []

@@ -68,7 +68,7 @@ def run(settings: ServeSettings, further: Sequence[str] = ()) -> int:
     from mm_prm.embedded import model_path
     from mm_prm.inference.vllm import vllm_arguments
 
-    with reading_input("model"):
+    with reading_input("model", settings.model):
         path = model_path(settings.model)
         arguments = vllm_arguments(
             path, dtype=settings.dtype, max_model_len=settings.max_model_len, max_images=settings.max_images

@@ -82,6 +82,7 @@ def test_what_vllm_would_score_otherwise_is_refused(tiny_prm_path, tmp_path):
     [
         ("mini-policy", "no process reward model: its config.json has no `reward_token_ids`"),
         ("./gone", "no such folder"),
+        ("no-such-model", "model: no-such-model"),
     ],
 )
 def test_what_is_no_process_reward_model_is_not_served(model, message, capsys):
