@@ -162,6 +162,11 @@ def test_code_without_images():
         assert "PIL" not in code and '"images": []' in code
 
 
+def test_the_card_says_what_kind_of_model_it_is():
+    assert "of a stock vision-language model," in model_card("vlm").text
+    assert "of a stock language model," in model_card("text", reads_images=False).text
+
+
 def test_card_of_trees_lets_datasets_find_them(tmp_path, tree, monkeypatch):
     from datasets import Dataset
 
