@@ -64,6 +64,9 @@ def test_interrupted_and_continued_equals_uninterrupted(problems, monkeypatch, c
     assert all(len(pool["candidates"]) == 4 for pool in pools)
     assert {score for pool in pools for scores in pool["step_scores"] for score in scores} != set()
     assert results == json.loads(Path("out.json").read_text(encoding="utf-8"))
+    assert results["benchmark_path"] == "problems.parquet" and results["limit"] is None
+    assert results["policy"] == "mini-policy"
+    assert results["num_problems"] == results["num_benchmark_problems"] == NUM_PROBLEMS
     assert results["metrics"]["num_candidates"] == 4 and "majority" in results["metrics"]
 
     commit = Journal.commit
@@ -102,6 +105,7 @@ def test_candidates_of_a_file(problems, capsys):
     assert main([*ARGS, "--candidates", "candidates.jsonl", "--output", "out"]) == 0
     pools, results = read("out")
     assert pools[0]["correct"][0] is True and pools[0]["correct"][1] is not True
+    assert (results["num_problems"], results["num_benchmark_problems"]) == (1, NUM_PROBLEMS)
     assert pools[0]["step_scores"][2] == [] and results["candidates_without_steps"] == 1
     assert results["policy"] is None and results["metrics"]["oracle"]["value"] == 1.0
 

@@ -137,6 +137,9 @@ def run(settings: EvaluateSettings) -> int:
         raise InputError(str(error)) from error
     report = {
         "benchmark": settings.benchmark,
+        "benchmark_path": settings.benchmark_path,
+        "limit": settings.limit,
+        "num_benchmark_problems": len(loaded.problems),
         "policy": None if loaded.solutions or settings.candidates else settings.policy,
         "model": settings.model,
         "answer_rule": loaded.benchmark.answer_rule,
@@ -202,7 +205,7 @@ def _measure_answers(
     assert settings.model is not None
     print_tables(results, Path(settings.model).name)
     print(", ".join(f"{number} {name.replace('_', ' ')}" for name, number in counts.items()))
-    return counts | {"metrics": results}
+    return counts | {"num_problems": len(pools), "metrics": results}
 
 
 def _measure_steps(
@@ -244,7 +247,7 @@ def _measure_steps(
         seed=settings.seed,
     )
     print_step_tables(results)
-    return {"metrics": results}
+    return {"num_problems": len({row["problem_id"] for row in measured}), "metrics": results}
 
 
 def _read_candidates(path: str, problem_ids: Sequence[str]) -> tuple[list[int], list[list[list[str]]]]:

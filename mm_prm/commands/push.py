@@ -53,7 +53,8 @@ class PushSettings:
         results (`str`, *optional*):
             For the card of a model: figures, as `mm-prm evaluate` or `mm-prm best-of-n` write them with --output_json.
         results_dataset (`str`, *optional*):
-            Data set of these figures, where the file does not say it.
+            Data set of these figures, where the file does not say it, or they are of a part or a local copy of a
+            benchmark.
         aggregator (`str`, *optional*, defaults to `"min"`):
             Aggregator of these figures, fixed before they were known.
     """

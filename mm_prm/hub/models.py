@@ -107,7 +107,8 @@ def eval_results_of(path: str | Path, aggregator: str = "min", dataset: str | No
         aggregator (`str`, *optional*, defaults to `"min"`):
             Aggregator of the step scores, fixed before the figures were known.
         dataset (`str`, *optional*):
-            Data set that was measured. Known where `mm-prm evaluate` wrote the file.
+            Data set that was measured. Known where `mm-prm evaluate` wrote the file and measured all of a benchmark as
+            the Hub has it.
     """
     from mm_prm.data.benchmarks import BENCHMARKS
 
@@ -118,9 +119,18 @@ def eval_results_of(path: str | Path, aggregator: str = "min", dataset: str | No
         raise ValueError(f"{file}: broken JSON, line {error.lineno}: {error.msg}") from error
     results = report.get("metrics", report) if isinstance(report, Mapping) else {}
     benchmark = BENCHMARKS.get(report.get("benchmark", "")) if isinstance(report, Mapping) else None
-    dataset = dataset or (benchmark.hub_id if benchmark else None)
+    if benchmark is not None and dataset is None:
+        other = _not_the_benchmark(report)
+        if other is not None:
+            raise ValueError(
+                f"{file}: {other}, so these are no figures of {benchmark.hub_id}; measure all of it as the Hub has it, or "
+                "name the data set they belong to with results_dataset"
+            )
+        dataset = benchmark.hub_id
     if dataset is None:
         raise ValueError(f"{file}: does not say on which data set it was measured; give results_dataset")
+    if benchmark is not None and dataset != benchmark.hub_id:
+        benchmark = None
     place = {
         "dataset_type": dataset,
         "dataset_name": benchmark.name if benchmark else dataset.split("/")[-1],
@@ -131,10 +141,37 @@ def eval_results_of(path: str | Path, aggregator: str = "min", dataset: str | No
             raise ValueError(
                 f"{file}: holds no aggregator {aggregator!r}; there are {', '.join(results['best_of_n'])}"
             )
-        return best_of_n_results(results, aggregator, **place)
-    if "thresholds" in results:
-        return _step_error_results(results["thresholds"], place)
-    raise ValueError(f"{file}: holds neither `best_of_n` nor `thresholds`; give what evaluate or best-of-n wrote")
+        figures = best_of_n_results(results, aggregator, **place)
+    elif "thresholds" in results:
+        figures = _step_error_results(results["thresholds"], place)
+    else:
+        raise ValueError(f"{file}: holds neither `best_of_n` nor `thresholds`; give what evaluate or best-of-n wrote")
+    scope = _scope(report)
+    return [dataclasses.replace(figure, metric_name=", ".join([figure.metric_name, *scope])) for figure in figures]
+
+
+def _not_the_benchmark(report: Mapping[str, Any]) -> str | None:
+    """Why the figures are not those of the whole benchmark as the Hub has it, `None` if they are."""
+    if not {"benchmark_path", "limit", "num_problems", "num_benchmark_problems"} <= set(report):
+        return "does not say how much of the benchmark was measured"
+    if report["benchmark_path"] is not None:
+        return "benchmark_path was a local copy"
+    if report["limit"] is not None:
+        return f"limit was {report['limit']} rows of each split"
+    if report.get("left_out"):
+        return f"{len(report['left_out'])} rows were left out"
+    if report["num_problems"] < report["num_benchmark_problems"]:
+        return f"{report['num_problems']:,} of {report['num_benchmark_problems']:,} problems were measured"
+    return None
+
+
+def _scope(report: Mapping[str, Any]) -> list[str]:
+    """What a figure is worth depends on: how many problems, and who wrote the solutions, where the file says it."""
+    scope = [f"{report['num_problems']:,} problems"] if "num_problems" in report else []
+    policy = report.get("policy")
+    if policy is not None:
+        scope.append(f"policy {Path(policy).name if _is_path(policy) else policy}")
+    return scope
 
 
 def _step_error_results(thresholds: Mapping[str, Any], place: dict[str, str]) -> list[EvalResult]:

@@ -11,6 +11,7 @@ import yaml
 
 from mm_prm.data import RowConfig, mini, trees_to_rows
 from mm_prm.data.features import FEATURES
+from mm_prm.hub import eval_results_of
 from tests.testing_utils import build_tiny_prm, build_tiny_vlm
 
 
@@ -56,6 +57,9 @@ def card_data(hub, kind, repo, branch="main"):
     return yaml.safe_load(text.split("---\n")[1]), text
 
 
+WHOLE_MATHVISTA = {"benchmark": "mathvista", "benchmark_path": None, "limit": None, "left_out": []}
+WHOLE_MATHVISTA |= {"num_problems": 1000, "num_benchmark_problems": 1000}
+
 # Round trips
 
 
@@ -64,7 +68,7 @@ def test_model_round_trip(hub, session, model, tmp_path):
     results = {"num_candidates": 4, "pass@1": estimate, "uninformative": estimate, "oracle": estimate}
     results |= {"best_of_n": {"min": estimate}, "weighted_majority": {"min": estimate}}
     (tmp_path / "results.json").write_text(
-        json.dumps({"benchmark": "mathvista", "metrics": results}), encoding="utf-8"
+        json.dumps(WHOLE_MATHVISTA | {"policy": str(tmp_path), "metrics": results}), encoding="utf-8"
     )
     args = ("model", model, "me/prm", "--license", "apache-2.0", "--results", tmp_path / "results.json", "--private")
     answer = session.push(*args, "--trained_on", "me/trees")
@@ -83,7 +87,12 @@ def test_model_round_trip(hub, session, model, tmp_path):
     result = data["model-index"][0]["results"][0]
     assert result["dataset"]["type"] == "AI4Math/MathVista"
     metrics = {metric["name"]: metric for each in data["model-index"][0]["results"] for metric in each["metrics"]}
-    assert metrics["Best-of-4 (min)"]["args"] == {"low": 0.4, "high": 0.6, "confidence": 0.95}
+    assert str(tmp_path) not in text  # the policy is told by its folder's name
+    assert metrics[f"Best-of-4 (min), 1,000 problems, policy {tmp_path.name}"]["args"] == {
+        "low": 0.4,
+        "high": 0.6,
+        "confidence": 0.95,
+    }
 
     same, steps = session.run(
         "from mm_prm.inference import Scorer\n"
@@ -95,6 +104,32 @@ def test_model_round_trip(hub, session, model, tmp_path):
         f"result = [scores('me/prm') == scores({str(model)!r}), len(scores('me/prm')[0][0])]"
     )
     assert same and steps == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"benchmark_path": "testmini.parquet"}, "benchmark_path was a local copy"),
+        ({"limit": 5}, "limit was 5 rows of each split"),
+        ({"left_out": [{"id": "row 3", "reason": "no answer"}]}, "1 rows were left out"),
+        ({"num_problems": 5}, "5 of 1,000 problems were measured"),
+        ({"num_benchmark_problems": None}, "does not say how much"),
+    ],
+)
+def test_figures_of_a_part_or_a_copy_are_none_of_the_benchmark(change, message, tmp_path):
+    step = {"f1": {"value": 0.5, "low": 0.4, "high": 0.6}}
+    metrics = {"thresholds": {"0.5": {"mean_of_subsets": step, "pooled": step}}}
+    report = WHOLE_MATHVISTA | {"policy": "owner/vlm", "metrics": metrics} | change
+    report = {name: value for name, value in report.items() if name != "num_benchmark_problems" or value is not None}
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(report), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"results.json: {message}.*no figures of AI4Math/MathVista.*results_dataset"):
+        eval_results_of(file)
+    for dataset, name in (("me/part", "part"), ("AI4Math/MathVista", "mathvista")):
+        figures = eval_results_of(file, dataset=dataset)
+        assert {(figure.dataset_type, figure.dataset_name) for figure in figures} == {(dataset, name)}
+        problems = f"{report['num_problems']:,} problems, policy owner/vlm"
+        assert figures[0].metric_name == f"F1, threshold 0.5, mean of subsets, {problems}"
 
 
 def test_data_round_trip(hub, session, tables):
