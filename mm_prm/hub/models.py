@@ -147,7 +147,9 @@ def eval_results_of(path: str | Path, aggregator: str = "min", dataset: str | No
     else:
         raise ValueError(f"{file}: holds neither `best_of_n` nor `thresholds`; give what evaluate or best-of-n wrote")
     scope = _scope(report)
-    return [dataclasses.replace(figure, metric_name=", ".join([str(figure.metric_name), *scope])) for figure in figures]
+    return [
+        dataclasses.replace(figure, metric_name=", ".join([str(figure.metric_name), *scope])) for figure in figures
+    ]
 
 
 def _not_the_benchmark(report: Mapping[str, Any]) -> str | None:
