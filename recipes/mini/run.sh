@@ -33,7 +33,7 @@ finish() {  # waits for all of them, and fails if one did
 }
 train() {  # NAME ROWS ARGUMENTS…
   local name=$1 rows=$2; shift 2
-  run "train_$name" python3 -m mm_prm.trainer --config "$here/train.yaml" --problems "mini:annotation:$problems" \
+  run "train_$name" python3 -m mm_prm.train --config "$here/train.yaml" --problems "mini:annotation:$problems" \
     --model "$policy" --rows "$out/rows/$rows.parquet" --output_dir "$out/prm/$name" "$@" ${TRAIN:-}
 }
 
