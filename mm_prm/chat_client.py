@@ -7,12 +7,11 @@ requests cost no hundreds of threads, and a cancelled request closes its connect
 """
 
 import asyncio
-import base64
 import email.utils
-import io
 import json
 import logging
 import math
+import os
 import random
 import re
 import threading
@@ -21,14 +20,11 @@ import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import aiohttp
 
 from mm_prm.data.text import IMAGE_MARKER, neutralize_special_tokens
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +50,33 @@ class ChatServerError(ConnectionError):
 
 class ChatRequestError(ChatServerError):
     """A request that a server refused, and would refuse again."""
+
+
+class FailuresInARow:
+    """
+    Tells a request that failed from servers that are gone; may be used from many threads.
+
+    Args:
+        most (`int`):
+            So many failures in a row are servers that are gone.
+    """
+
+    def __init__(self, most: int):
+        self._most = most
+        self._number = 0
+        self._lock = threading.Lock()
+
+    def count(self, error: ChatServerError) -> None:
+        """Counts a failure, and raises it if it is one too many."""
+        with self._lock:
+            self._number += 1
+            if self._number >= self._most:
+                raise error
+
+    def reset(self) -> None:
+        """A request was answered."""
+        with self._lock:
+            self._number = 0
 
 
 @dataclass(frozen=True)
@@ -130,7 +153,7 @@ class ChatClient:
         base_urls (`str` or `Sequence[str]`):
             Addresses up to and including `/v1`. All of them serve the same model.
         api_key (`str`, *optional*):
-            Sent as bearer token, and shown nowhere.
+            Sent as bearer token, and shown nowhere; that of the environment variable `OPENAI_API_KEY` if not given.
         max_concurrency (`int`, *optional*, defaults to `64`):
             Most requests under way at once, over all servers.
         timeout_seconds (`float`, *optional*, defaults to `600.0`):
@@ -163,10 +186,11 @@ class ChatClient:
         ):
             if not holds:
                 raise ValueError(f"{name}: {value!r} has to be {wanted}")
+        api_key = api_key or os.environ.get("OPENAI_API_KEY")
         self.base_urls = [url.rstrip("/") for url in urls]
         self._exchange = _Exchange(
             servers=[_Server(url) for url in self.base_urls],
-            headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             slots=asyncio.Semaphore(max_concurrency),
             timeout=aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=_CONNECT_SECONDS),
             max_retries=max_retries,
@@ -266,13 +290,6 @@ class _Exchange:
             return _read(json.loads(body))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise _Retry(f"an answer that is none ({type(error).__name__}: {error}): {_quote(body)}") from error
-
-
-def image_data_url(image: "Image.Image") -> str:
-    """A picture as a `data:` URL, a PNG file within the request."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def neutralize_chat_markup(text: str) -> str:

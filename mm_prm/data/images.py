@@ -5,6 +5,7 @@ huge, or be small and unpack to gigabytes. Each of these is an [`ImageError`] th
 reason, before any model sees the picture.
 """
 
+import base64
 import io
 import stat
 from collections.abc import Mapping
@@ -188,3 +189,16 @@ def _to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     layer = picture.convert("RGBA")
     white = PIL.Image.new("RGBA", layer.size, "white")
     return PIL.Image.alpha_composite(white, layer).convert("RGB")
+
+
+def image_data_url(image: PIL.Image.Image) -> str:
+    """
+    A picture as a `data:` URL, a PNG file within a request to a server.
+
+    Args:
+        image (`PIL.Image.Image`):
+            The picture.
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,7 +1,5 @@
 """Scores from a vLLM server, many solutions at once: the same text and tokens as here, one score for each step."""
 
-import base64
-import io
 import logging
 import os
 import re
@@ -13,6 +11,8 @@ from typing import Any
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3 import Retry
+
+from mm_prm.data.images import image_data_url
 
 from .solutions import (
     Steps,
@@ -148,7 +148,7 @@ class ServedScorer:
         self, problems: Sequence[Mapping[str, Any]], distinct: Sequence[Sequence[Steps]]
     ) -> Iterator[tuple[int, Steps, dict[str, Any]]]:
         for index, (problem, solutions) in enumerate(zip(problems, distinct, strict=True)):
-            urls = [_data_url(image) for image in rgb_images(problem)] if solutions else []
+            urls = [image_data_url(image) for image in rgb_images(problem)] if solutions else []
             for steps in solutions:
                 if urls:
                     body = self._body_with_images(problem, steps, urls)
@@ -317,12 +317,6 @@ def _session(max_concurrency: int, max_retries: int, api_key: str | None) -> req
     if api_key is not None:
         session.headers["Authorization"] = f"Bearer {api_key}"
     return session
-
-
-def _data_url(image: Any) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _quote(response: requests.Response) -> str:

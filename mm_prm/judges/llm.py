@@ -3,14 +3,12 @@
 import hashlib
 import json
 import logging
-import os
 import re
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 from mm_prm.annotation.protocols import Problem, Verdict, VerdictValue
-from mm_prm.chat_client import ChatClient, ChatRequestError, ChatServerError, neutralize_chat_markup
+from mm_prm.chat_client import ChatClient, ChatRequestError, ChatServerError, FailuresInARow, neutralize_chat_markup
 from mm_prm.data.text import IMAGE_MARKER, question_text
 
 from .extraction import extract_answer, final_step
@@ -86,14 +84,13 @@ class LLMJudge:
         self.model = model
         self.client = ChatClient(
             base_urls,
-            api_key=api_key or os.environ.get("OPENAI_API_KEY") or None,
+            api_key=api_key,
             max_concurrency=max_concurrency,
             timeout_seconds=timeout_seconds,
             max_retries=max_retries,
             retry_seconds=retry_seconds,
         )
-        self._lock = threading.Lock()
-        self._failures_in_a_row = 0
+        self._failures = FailuresInARow(_MOST_FAILURES_IN_A_ROW)
         self._constraint: dict[str, Any] = {"structured_outputs": {"choice": ["Yes", "No"]}}
         self._open()
 
@@ -124,10 +121,10 @@ class LLMJudge:
         try:
             text = self.client.complete(payload).choices[0].text
         except ChatServerError as error:
-            self._failed(error)
+            logger.warning("The judge has no verdict: %s", error)
+            self._failures.count(error)
             return Verdict("unknown", extracted, f"language model: {error}")
-        with self._lock:
-            self._failures_in_a_row = 0
+        self._failures.reset()
         verdict = read_reply(text)
         said = " ".join(text.split())[:60]
         reason = "language model" if verdict != "unknown" else f"language model said {said!r}"
@@ -153,13 +150,6 @@ class LLMJudge:
             logger.info("%s; asking without a constraint", error)
             self._constraint = {}
             self.client.complete({name: payload[name] for name in payload if name != "structured_outputs"})
-
-    def _failed(self, error: ChatServerError) -> None:
-        logger.warning("The judge has no verdict: %s", error)
-        with self._lock:
-            self._failures_in_a_row += 1
-            if self._failures_in_a_row >= _MOST_FAILURES_IN_A_ROW:
-                raise error
 
 
 def language_model_identity(model: str) -> str:

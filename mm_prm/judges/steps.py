@@ -4,9 +4,7 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -18,9 +16,10 @@ from mm_prm.chat_client import (
     ChatCompletion,
     ChatRequestError,
     ChatServerError,
-    image_data_url,
+    FailuresInARow,
     neutralize_chat_markup,
 )
+from mm_prm.data.images import image_data_url
 from mm_prm.data.text import question_text, split_image_markers
 
 logger = logging.getLogger(__name__)
@@ -122,14 +121,13 @@ class StepJudge:
         self.model = model
         self.client = ChatClient(
             base_urls,
-            api_key=api_key or os.environ.get("OPENAI_API_KEY") or None,
+            api_key=api_key,
             max_concurrency=max_concurrency,
             timeout_seconds=timeout_seconds,
             max_retries=max_retries,
             retry_seconds=retry_seconds,
         )
-        self._lock = threading.Lock()
-        self._failures_in_a_row = 0
+        self._failures = FailuresInARow(_MOST_FAILURES_IN_A_ROW)
         self._open()
 
     @property
@@ -166,13 +164,9 @@ class StepJudge:
         except ChatRequestError as error:  # of this request; the server is there
             return StepOpinion(None, str(error), answered=False)
         except ChatServerError as error:
-            with self._lock:
-                self._failures_in_a_row += 1
-                if self._failures_in_a_row >= _MOST_FAILURES_IN_A_ROW:
-                    raise
+            self._failures.count(error)
             return StepOpinion(None, str(error), answered=False)
-        with self._lock:
-            self._failures_in_a_row = 0
+        self._failures.reset()
         score = probability_valid(first_tokens)
         return StepOpinion(score, "" if score is not None else _neither(first_tokens))
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
@@ -17,9 +16,9 @@ from mm_prm.chat_client import (
     ChatCompletion,
     ChatRequestError,
     ChatServerError,
-    image_data_url,
     neutralize_chat_markup,
 )
+from mm_prm.data.images import image_data_url
 from mm_prm.data.text import (
     neutralize_special_tokens,
     question_text,
@@ -108,7 +107,7 @@ class OpenAIPolicy:
             self.sampling["top_k"] = top_k
         self.client = ChatClient(
             base_urls,
-            api_key=api_key or os.environ.get("OPENAI_API_KEY") or None,
+            api_key=api_key,
             max_concurrency=max_concurrency,
             timeout_seconds=timeout_seconds,
             max_retries=max_retries,
