@@ -6,6 +6,8 @@ annotation never imports them. Only plain data crosses: a problem is a mapping w
 `mm_prm.data.features.PROBLEM_FEATURES`, a step is bare text.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -40,6 +42,18 @@ class RolloutRequest:
     num_rollouts: int
     seed: int
     one_step: bool = False
+
+
+def sample_seed(*identity: Any) -> int:
+    """
+    A 63-bit seed for a [`RolloutRequest`], with room for 65,536 samples before the next.
+
+    Args:
+        identity (`Any`):
+            What makes the request another than all others, as JSON can hold it.
+    """
+    digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 17 << 16
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 
 from mm_prm.annotation.journal import Journal
-from mm_prm.annotation.protocols import Policy, Rollout, RolloutRequest
+from mm_prm.annotation.protocols import Policy, Rollout, RolloutRequest, sample_seed
 from mm_prm.inference.guided_search import SearchConfig, SearchResult, StepScorer, search
 
 # Problems whose images are in memory at a time, and whose solutions share batches.
@@ -55,7 +55,7 @@ def sample_candidates(
     policy = cache(open_policy)
 
     def compute(rows: list[Mapping[str, Any]], _: range) -> list[Any]:
-        requests = [RolloutRequest(row["id"], (), num_candidates, _seed(seed, row["id"])) for row in rows]
+        requests = [RolloutRequest(row["id"], (), num_candidates, sample_seed(seed, row["id"])) for row in rows]
         generations = policy().generate(list(zip(rows, requests, strict=True)))
         return [[_steps(rollout) for rollout in generation.rollouts] for generation in generations]
 
@@ -172,11 +172,6 @@ def _key(problem: Mapping[str, Any], settings: Any) -> str:
         digest.update(f"{image.size}".encode())
         digest.update(image.convert("RGBA").tobytes())  # pixels, not the file
     return digest.hexdigest()
-
-
-def _seed(seed: int, problem_id: str) -> int:
-    digest = hashlib.blake2b(json.dumps([seed, problem_id]).encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 17 << 16  # 63 bits, with room for as many samples
 
 
 def _steps(rollout: Rollout) -> list[str]:

@@ -7,13 +7,11 @@ each other and follow one beam each. All take a policy that can write one step
 ([`~mm_prm.annotation.protocols.RolloutRequest`]) and a scorer of prefixes, and many problems at once.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from mm_prm.annotation.protocols import Policy, Rollout, RolloutRequest
+from mm_prm.annotation.protocols import Policy, Rollout, RolloutRequest, sample_seed
 
 from .aggregators import AGGREGATORS
 
@@ -139,10 +137,8 @@ class Search:
         return [request for _, request in self._asked]
 
     def _request(self, prefix: Steps, num_rollouts: int) -> RolloutRequest:
-        identity = [self.config.seed, self.problem_id, prefix, self._num_requests]
+        seed = sample_seed(self.config.seed, self.problem_id, prefix, self._num_requests)
         self._num_requests += 1
-        digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).digest()
-        seed = int.from_bytes(digest) >> 17 << 16  # 63 bits, with room for as many samples
         one_step = self.config.strategy != "best_of_n"
         return RolloutRequest(self.problem_id, prefix, num_rollouts, seed, one_step)
 
