@@ -14,6 +14,7 @@ from huggingface_hub import DatasetCard, ModelCard
 
 from mm_prm.data import RowConfig, mini, trees_to_rows
 from mm_prm.embedded import embedded_path
+from mm_prm.models import modeling
 from tests.hub.test_cards import code_of
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "mini"
@@ -168,3 +169,8 @@ def test_the_shipped_cards_are_up_to_date(recipe):
         advice = "run `python recipes/mini/cards.py`"
         assert shipped.text.strip() == written.text.strip(), advice
         assert shipped.data.to_dict() == written.data.to_dict(), advice
+
+
+def test_the_shipped_model_carries_the_code_of_this_version():
+    carried = embedded_path("mini_prm") / "modeling_process_reward.py"
+    assert carried.read_bytes() == Path(modeling.__file__).read_bytes(), "save mini_prm again (recipes/mini/ship.py)"
