@@ -468,14 +468,14 @@ def test_train_score_and_choose(rows, tiny_vlm_path, capsys, monkeypatch):
             }
         )
     )
-    # As `accelerate launch -m mm_prm.trainer` starts it
+    # As `accelerate launch -m mm_prm.train` starts it
     monkeypatch.setattr(
         sys,
         "argv",
         ["trainer", "--config", "train.yaml", "--max_steps", "3", "--eval_rows", "rows", "--output_json", "m.json"],
     )
     with pytest.raises(SystemExit) as end:
-        runpy.run_module("mm_prm.trainer", run_name="__main__")
+        runpy.run_module("mm_prm.train", run_name="__main__")
     assert end.value.code == 0
     output = capsys.readouterr()
     assert "train: 3/3, loss " in output.err
