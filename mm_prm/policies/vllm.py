@@ -5,10 +5,12 @@ import logging
 import queue
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
+
+from PIL import Image
 
 from mm_prm.annotation.protocols import Generation, Problem, Rollout, RolloutRequest, RolloutStatus
 
@@ -64,6 +66,7 @@ class VLLMPolicy:
             from vllm import EngineArgs, LLMEngine, SamplingParams
             from vllm.platforms import current_platform
             from vllm.sampling_params import RequestOutputKind
+            from vllm.usage.usage_lib import UsageContext
         except ImportError as error:
             raise ValueError(
                 f"vLLM cannot be imported ({error}): install it (`pip install vllm`), or use a server or transformers"
@@ -89,7 +92,9 @@ class VLLMPolicy:
             # cannot: vLLM would end there with "CPU Generator does not use offset".
             arguments["enable_chunked_prefill"] = False
         arguments |= engine_settings
-        self._engine = _Engine(LLMEngine.from_engine_args(EngineArgs(**arguments)))
+        # As vLLM's own `LLM` class: without it, an engine takes 128 sequences at once, an eighth of what a large GPU does.
+        engine = LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
+        self._engine = _Engine(engine)
         self.close = weakref.finalize(self, self._engine.stop)
 
     def submit(self, problem: Problem, request: RolloutRequest) -> "Future[Generation]":
@@ -106,13 +111,10 @@ class VLLMPolicy:
             `Future[Generation]`: Cancelling it takes the request out of the engine.
         """
         tokens, images = self.prompts.build_tokens(problem, request.prefix, request.one_step)
-        prompt: dict[str, Any] = {"prompt_token_ids": tokens}
-        if images:
-            prompt["multi_modal_data"] = {"image": images}
         # Greedy samples are all the same, and vLLM refuses to compute several.
         stop = STEP_ENDS[self.prompts.step_format] if request.one_step else ()
         params = self._sampling(1 if self._greedy else request.num_rollouts, request.seed, stop)
-        return self._engine.submit(prompt, params, lambda output: self._read(output, request))
+        return self._send(tokens, images, params, lambda output: self._read(output, request))
 
     def generate(self, requests: Sequence[tuple[Problem, RolloutRequest]]) -> list[Generation]:
         """Answers requests; see [`~mm_prm.annotation.protocols.Policy`]."""
@@ -122,6 +124,14 @@ class VLLMPolicy:
         finally:
             for future in futures:  # after an error, or Ctrl-C
                 future.cancel()
+
+    def _send(
+        self, tokens: list[int], images: list[Image.Image], params: Any, read: Callable[[Any], Generation]
+    ) -> "Future[Generation]":
+        prompt: dict[str, Any] = {"prompt_token_ids": tokens}
+        if images:
+            prompt["multi_modal_data"] = {"image": images}
+        return self._engine.submit(prompt, params, read)
 
     def _read(self, output: Any, request: RolloutRequest) -> Generation:
         continues = bool(request.prefix) and self.prompts.prefix_in_turn
