@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_utils import set_zero3_state
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 _MODEL_TYPES = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"})
@@ -41,7 +42,8 @@ class PositionPrecomputer:
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and module.config.model_type in _MODEL_TYPES:
                 core = cast(PreTrainedModel, module.base_model)
-                with torch.device("meta"):
+                # Under ZeRO-3 transformers would scatter even weights that do not exist
+                with set_zero3_state(), torch.device("meta"):
                     return cls(type(core)(core.config))
         return None
 

@@ -218,10 +218,11 @@ class ProcessRewardMixin:
         """Makes the output head compute the reward tokens' rows only, as `config.reward_token_ids` names them."""
         head = get_output_head(cast(PreTrainedModel, self))
         token_ids = tuple(self.config.reward_token_ids)
-        if len(token_ids) != 2 or not all(0 <= token_id < head.weight.shape[0] for token_id in token_ids):
+        # Not the weight's shape: ZeRO-3 scatters weights as they are made, and leaves none of it
+        if len(token_ids) != 2 or not all(0 <= token_id < head.out_features for token_id in token_ids):
             raise ValueError(
                 f"reward_token_ids = {list(token_ids)}: must be two rows of the output head, which has "
-                f"{head.weight.shape[0]}"
+                f"{head.out_features}"
             )
         # The head changes its class, not its place: parameters, ties and hooks stay as they are.
         head.__class__ = RewardHead
