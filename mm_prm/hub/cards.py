@@ -49,6 +49,7 @@ def model_card(
     license: str | None = None,
     tags: Sequence[str] = (),
     reads_images: bool = True,
+    step_format: str = "paragraphs",
     description: str = "",
     usage: str | None = None,
     training: str = "",
@@ -80,6 +81,8 @@ def model_card(
             Tags beside `mm-prm` and the kind.
         reads_images (`bool`, *optional*, defaults to `True`):
             Whether problems may have pictures.
+        step_format (`str`, *optional*, defaults to `"paragraphs"`):
+            How a policy writes its steps: `"paragraphs"`, `"tags"` or `"numbered"`.
         description (`str`, *optional*, defaults to `""`):
             What a reader should know first.
         usage (`str`, *optional*):
@@ -121,6 +124,7 @@ def model_card(
         trained_on=", ".join(_reference(name, "datasets/") for name in datasets),
         licence=_text(license) if license else None,
         reads_images=reads_images,
+        step_format=step_format,
         description=description,
         usage_block=_code_block(usage, "python") if usage else None,
         training=training,

@@ -10,6 +10,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -25,7 +26,7 @@ from mm_prm.data.text import (
 )
 
 from .questions import decoded_images, previous_steps
-from .steps import SEPARATORS, StepFormat, format_steps
+from .steps import SEPARATORS, StepFormat, format_solution, format_steps
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +151,27 @@ class PromptBuilder:
         question, steps, images = self._parts(problem, prefix, one_step)
         return self._tokenize(self._render(self._user_turn(question), True) + steps), images
 
+    def build_example(self, problem: Mapping[str, Any], steps: Sequence[str]) -> tuple[str, str]:
+        """
+        Builds the two texts from which a model learns to write a solution.
+
+        Args:
+            problem (`Mapping`):
+                Problem row; its images are counted, not read.
+            steps (`Sequence[str]`):
+                All steps of the solution.
+
+        Returns:
+            `tuple[str, str]`: The prompt, as a rollout from no steps has it, and what is to be written after it, up to
+            and including the token that ends the turn.
+
+        Raises:
+            `ValueError`: If the steps would be read back as others.
+        """
+        question = split_image_markers(question_text(problem), len(problem["images"]))
+        solution = format_solution([self._neutralize(step) for step in steps], self.step_format)
+        return self._render(self._user_turn(question), True), solution + self.end_of_turn
+
     def collate(self, prompts: Sequence[Prompt], pad_token: int) -> dict[str, torch.Tensor]:
         """
         Batches prompts of equal shape, padded on the left.
@@ -248,6 +270,26 @@ class PromptBuilder:
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
         return text if text.startswith(self._beginning) else self._beginning + text
+
+    @cached_property
+    def end_of_turn(self) -> str:
+        """
+        What ends a finished assistant turn: the template's text after it, up to and including a special token, or the
+        tokenizer's end token where the template does not say.
+        """
+        turns, text = self._user_turn(["A question?"]), "The answer is 4."
+        answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+        written, finished = self._render(turns, True) + text, self._render([*turns, answer], False)
+        end = finished.removeprefix(written) if finished.startswith(written) else ""
+        places = [end.index(token) + len(token) for token in self._special_tokens if token in end]
+        if places:
+            return end[: min(places)]
+        if self.tokenizer.eos_token is None:
+            raise ValueError(
+                f"neither the chat template nor the tokenizer of '{self.tokenizer.name_or_path}' ends a turn with a token: "
+                "set `tokenizer.eos_token`"
+            )
+        return self.tokenizer.eos_token
 
     def _keeps_prefixes(self) -> bool:
         """Whether the generation prompt and a first step are the beginning of the finished turn."""

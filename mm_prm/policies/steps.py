@@ -13,9 +13,12 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from mm_prm.annotation.protocols import RolloutStatus
+from mm_prm.data.text import neutralize_special_tokens
 
 StepFormat = Literal["paragraphs", "tags", "numbered"]
 STEP_FORMATS: tuple[StepFormat, ...] = get_args(StepFormat)
+
+STEP_TAGS = ("<step>", "</step>", "<answer>", "</answer>")
 
 # What opens the next step after a given one, and what ends a step that was so opened.
 SEPARATORS: dict[StepFormat, str] = {"paragraphs": "\n\n", "tags": "", "numbered": "\n"}
@@ -83,6 +86,40 @@ def format_steps(steps: Sequence[str], step_format: StepFormat = "paragraphs") -
     return "\n".join(
         step if re.match(_ANSWER, step) else f"Step {number}: {step}" for number, step in enumerate(steps, start=1)
     ).rstrip()
+
+
+def format_solution(steps: Sequence[str], step_format: StepFormat) -> str:
+    """
+    Writes a whole solution down, for a policy to learn from: what [`parse_steps`] reads back are the same steps.
+
+    It begins with what [`format_steps`] makes of any prefix. Tags that a step spells are broken up.
+
+    Args:
+        steps (`Sequence[str]`):
+            All steps, bare text; the last one states the answer.
+        step_format (`str`):
+            `"paragraphs"`, `"tags"` or `"numbered"`.
+
+    Returns:
+        `str`: The text.
+
+    Raises:
+        `ValueError`: If the steps would be read back as others.
+    """
+    if step_format == "tags":
+        steps = [neutralize_special_tokens(step, STEP_TAGS) for step in steps]
+        *before, last = steps
+        text = "\n".join([*(f"<step>{step}</step>" for step in before), f"<answer>{last}</answer>"])
+    else:
+        text = format_steps(steps, step_format)
+    read = parse_steps(text, step_format)
+    if read != tuple(steps):
+        advice = "" if step_format == "tags" else "; write steps with tags, which hold any text"
+        raise ValueError(
+            f"are {len(steps)} steps, and {step_format} of them would be read as {len(read)} others; give bare text, "
+            f"stripped, with \\n line ends{advice}"
+        )
+    return text
 
 
 def first_step(text: str, step_format: StepFormat, ended: RolloutStatus) -> tuple[tuple[str, ...], RolloutStatus]:

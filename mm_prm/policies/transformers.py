@@ -81,14 +81,14 @@ class TransformersPolicy:
         self.prompts = PromptBuilder(processor, step_format)
         self.batch_size = batch_size
         tokenizer = self.prompts.tokenizer
-        end_tokens = _end_tokens(model, tokenizer)
+        ends = end_tokens(model, tokenizer)
         self.sampling = Sampling(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             max_new_tokens=max_new_tokens,
-            end_tokens=end_tokens,
-            pad_token=end_tokens[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            end_tokens=ends,
+            pad_token=ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         )
 
     @classmethod
@@ -236,7 +236,8 @@ class TransformersPolicy:
         return Rollout(steps, status, completion.num_tokens, completion.logprob)
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids of the tokens at which a model stops: those of its generation settings, and the tokenizer's end token."""
     configured = model.generation_config.eos_token_id
     ids = [configured] if isinstance(configured, int) else list(configured or [])
     if tokenizer.eos_token_id is not None:

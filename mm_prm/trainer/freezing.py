@@ -1,14 +1,17 @@
 """Which parts of a vision-language model learn: vision tower, connector, language model."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from .prm_config import PRMConfig
 
+if TYPE_CHECKING:
+    from .policy_config import PolicyConfig
 
-def freeze_parts(model: PreTrainedModel, args: PRMConfig) -> None:
+
+def freeze_parts(model: PreTrainedModel, args: "PRMConfig | PolicyConfig") -> None:
     """
     Freezes what the settings name, adapters in it included.
 

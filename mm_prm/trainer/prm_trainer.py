@@ -43,6 +43,7 @@ from ..models import (
     is_process_reward_config,
 )
 from .adapters import add_adapter
+from .checkpoints import load_weights
 from .collator import ROW_KEYS, DataCollatorForProcessReward
 from .freezing import freeze_parts
 from .metrics import step_metrics
@@ -401,21 +402,17 @@ class PRMTrainer(_BaseTrainer):
                 metrics[key.replace("_cross_entropy", "_loss")] = metrics.pop(key)
         return output
 
-    # transformers reads a checkpoint's weights back under the names in the file, without the renaming that
-    # `from_pretrained` does: for Qwen2.5-VL and others nothing fits, and training goes on from the weights it started
-    # with, with no more than a warning (huggingface/transformers#43701).
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or not isinstance(self.model, ProcessRewardMixin):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            _load_weights(self.model, resume_from_checkpoint)
+            load_weights(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(self.model, ProcessRewardMixin):
             super()._load_best_model()
         else:
-            _load_weights(self.model, str(self.state.best_model_checkpoint))
+            load_weights(self.model, str(self.state.best_model_checkpoint))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -557,11 +554,6 @@ def _label_weight(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     if "label_weights" in batch:
         return batch["label_weights"][labelled].sum()
     return labelled.sum().float()
-
-
-def _load_weights(model: Any, checkpoint: str) -> None:
-    saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
-    model.load_state_dict(saved.state_dict())
 
 
 def _name_or_path(model: str | PreTrainedModel | nn.Module) -> str:
