@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import multiprocessing
 import queue
 import threading
 import weakref
@@ -14,6 +15,7 @@ from PIL import Image
 
 from mm_prm.annotation.protocols import Generation, Problem, Rollout, RolloutRequest, RolloutStatus
 
+from .engine_guard import EngineGuard
 from .prompts import PromptBuilder
 from .settings import check_sampling
 from .steps import STEP_ENDS, StepFormat, first_step, parse_steps
@@ -93,8 +95,10 @@ class VLLMPolicy:
             arguments["enable_chunked_prefill"] = False
         arguments |= engine_settings
         # As vLLM's own `LLM` class: without it, an engine takes 128 sequences at once, an eighth of what a large GPU does.
+        others = multiprocessing.active_children()
         engine = LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
-        self._engine = _Engine(engine)
+        started = [child.pid for child in multiprocessing.active_children() if child not in others and child.pid]
+        self._engine = _Engine(engine, EngineGuard(started))
         self.close = weakref.finalize(self, self._engine.stop)
 
     def submit(self, problem: Problem, request: RolloutRequest) -> "Future[Generation]":
@@ -167,7 +171,8 @@ class _Order:
 class _Engine:
     """The thread to which the engine belongs: it takes in what is asked, steps, and hands out what is finished."""
 
-    def __init__(self, engine: Any):
+    def __init__(self, engine: Any, guard: EngineGuard):
+        self._guard = guard
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         self._names = map(str, itertools.count())
         self._dead = threading.Event()
@@ -195,6 +200,7 @@ class _Engine:
     def stop(self) -> None:
         self._orders.put(None)
         self._thread.join(timeout=30.0)
+        self._guard.stop()
 
 
 def _run(engine: Any, orders: "queue.SimpleQueue[_Order | None]", dead: threading.Event) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,16 @@ from tests.annotation.scripted import ScriptedJudge, ScriptedPolicy, make_proble
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'mm-prm[ray]'")
 
 ROOT = str(Path(__file__).parents[2])
-CONFIG = AnnotationConfig(num_rollouts=4, rollout_budget=40, trees_in_flight=8)
+CONFIG = AnnotationConfig(num_rollouts=4, rollout_budget=20, trees_in_flight=8)
 IDENTITIES = {"policy_identity": "scripted", "judge_identity": "scripted"}
+NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
 
 
-def open_policy():
+def open_policy(opened):
+    """Leaves a file named after the node and the process that opens it, and waits until both workers are there."""
+    Path(opened, f"{ray.get_runtime_context().get_node_id()} {os.getpid()}").touch()
+    while len(os.listdir(opened)) < 2:
+        time.sleep(0.1)
     return ScriptedPolicy(sleep=0.02)
 
 
@@ -36,7 +42,7 @@ def cluster(monkeypatch):
     monkeypatch.setenv("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     paths = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
     monkeypatch.setenv("PYTHONPATH", paths)  # nodes and workers inherit it
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 * 2**20})
+    cluster = Cluster(initialize_head=True, head_node_args=NODE)
     yield cluster
     ray.shutdown()
     cluster.shutdown()
@@ -45,30 +51,44 @@ def cluster(monkeypatch):
 def test_a_node_is_killed_half_way(cluster, tmp_path):
     from mm_prm.annotation.ray import RayWorkers, annotate_on_ray
 
-    second = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+    second = cluster.add_node(**NODE)
     ray.init(address=cluster.address, log_to_driver=False)
-    assert sum(node["Alive"] for node in ray.nodes()) == 2
-    problems = [make_problem(f"p{number}") for number in range(48)]
+    nodes = {node["NodeID"] for node in ray.nodes()}
+    assert len(nodes) == 2
+    problems = [make_problem(f"p{number}") for number in range(24)]
     problems[5]["answer"] = ""
     dataset = Dataset.from_list(problems, features=PROBLEM_FEATURES)
-    path = tmp_path / "trees.journal.sqlite"
+    path, opened = tmp_path / "trees.journal.sqlite", tmp_path / "opened"
+    opened.mkdir()
     with Journal(path) as journal:  # some trees are there from an earlier run
-        list(annotate(problems[:4], open_policy, ScriptedJudge, CONFIG, journal, **IDENTITIES))
-    workers = RayWorkers(number=2, num_cpus=0.5, problems_at_once=4)
+        list(annotate(problems[:4], ScriptedPolicy(), ScriptedJudge(), CONFIG, journal, **IDENTITIES))
+    workers = RayWorkers(number=2, num_cpus=0.5, problems_at_once=2)
     progress, rows = [], []
-    trees = annotate_on_ray(dataset, open_policy, ScriptedJudge, CONFIG, workers, path, progress.append, **IDENTITIES)
+    trees = annotate_on_ray(
+        dataset, partial(open_policy, opened), ScriptedJudge, CONFIG, workers, path, progress.append, **IDENTITIES
+    )
     for row in trees:
         rows.append(row)
-        if len(rows) == 16:
+        if len(rows) == 8:
+            assert {file.name.split()[0] for file in opened.iterdir()} == nodes, "each node works"
             cluster.remove_node(second, allow_graceful=False)
-    assert sum(node["Alive"] for node in ray.nodes()) == 1
+    assert len(list(opened.iterdir())) == 3, "the lost worker was started again, on the node that is left"
+    assert wait_for_one_node() == 1
     found = by_id(rows)
     assert found == by_id(annotate(problems, ScriptedPolicy(), ScriptedJudge(), CONFIG, **IDENTITIES))
-    assert found["p5"]["status"] == "skipped" and len(found) == 48
-    assert progress[-1].trees_done == 48 and progress[-1].trees_from_journal == 4
+    assert found["p5"]["status"] == "skipped" and len(found) == 24
+    assert progress[-1].trees_done == 24 and progress[-1].trees_from_journal == 4
     with Journal(path) as journal:
         assert by_id(journal) == {name: row for name, row in found.items() if name != "p5"}
-    # Everything is in the journal now: no worker is asked.
-    again = annotate_on_ray(dataset, None, None, CONFIG, workers, path, **IDENTITIES)
-    began = time.monotonic()
-    assert by_id(again) == found and time.monotonic() - began < 5
+    # Everything is in the journal now: no worker is asked, and there is nothing that could be opened.
+    assert by_id(annotate_on_ray(dataset, None, None, CONFIG, workers, path, **IDENTITIES)) == found
+
+
+def wait_for_one_node():
+    """The number of nodes that are alive, once the cluster has noticed."""
+    for _ in range(60):
+        alive = sum(node["Alive"] for node in ray.nodes())
+        if alive == 1:
+            break
+        time.sleep(1)
+    return alive

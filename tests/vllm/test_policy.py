@@ -1,12 +1,14 @@
 """Rollouts of vLLM in this process and behind its server: the same for the same seeds, whatever else is under way."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 
+import psutil
 import pytest
 import torch
 
@@ -182,3 +184,29 @@ def test_the_server_gives_what_the_engine_gives(policy, server):
         assert [generation.prompt_tokens for generation in own] == [generation.prompt_tokens for generation in other]
         for one, two in zip(own, other, strict=True):
             assert sum(r.num_tokens for r in one.rollouts) == sum(r.num_tokens for r in two.rollouts)
+
+
+OPEN = f"""
+import time
+from mm_prm.embedded import model_path
+from mm_prm.policies.vllm import VLLMPolicy
+
+if __name__ == "__main__":
+    policy = VLLMPolicy(model_path("mini-policy"), enforce_eager=True, **{ENGINE})
+    print("open", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_process_leaves_no_engine(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(OPEN, encoding="utf-8")
+    process = subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, text=True)
+    while process.stdout.readline().strip() != "open":
+        assert process.poll() is None
+    left = psutil.Process(process.pid).children(recursive=True)
+    assert any("VLLM" in " ".join(child.cmdline()) for child in left)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert psutil.wait_procs(left, timeout=60)[1] == []
