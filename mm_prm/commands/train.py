@@ -15,6 +15,7 @@ from mm_prm.settings import parse_settings, write_settings
 if TYPE_CHECKING:
     import datasets
     from peft import LoraConfig
+    from transformers import Trainer
 
     from mm_prm.trainer import PRMConfig
 
@@ -91,13 +92,14 @@ def main(args: Sequence[str], prog: str) -> int:
 
 def run(settings: TrainSettings, config: "PRMConfig", adapter: AdapterSettings) -> int:
     """Train, save the model and print the metrics."""
-    from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+    from transformers.trainer_utils import IntervalStrategy
 
-    from mm_prm.commands.files import write_json
     from mm_prm.embedded import model_path
     from mm_prm.trainer import PRMTrainer
 
-    peft_config = _peft_config(adapter, config)
+    if adapter.use_peft and adapter.lora_dropout and config.disable_dropout:
+        raise InputError(f"lora_dropout: {adapter.lora_dropout} does nothing while disable_dropout is true")
+    peft_config = open_adapter(adapter)
     rows = _read(settings.rows, settings.problems, settings, config.on_bad_row)
     eval_rows = None
     if settings.eval_rows is not None:
@@ -108,32 +110,54 @@ def run(settings: TrainSettings, config: "PRMConfig", adapter: AdapterSettings) 
         model = model_path(settings.model)
     with reading_input():  # of rows as of models: the message says which
         trainer = PRMTrainer(model, config, train_dataset=rows, eval_dataset=eval_rows, peft_config=peft_config)
+    return train_and_save(trainer, (settings, config, adapter), settings.output_json)
+
+
+def train_and_save(trainer: "Trainer", settings: Sequence[Any], output_json: str | None) -> int:
+    """
+    Train from the last checkpoint where that is asked, evaluate, save the model beside its settings, and print the metrics.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer.
+        settings (`Sequence[Any]`):
+            The instances whose values are written.
+        output_json (`str`, *optional*):
+            Write the metrics there, too.
+
+    Returns:
+        `int`: The exit status.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from mm_prm.commands.files import write_json
+
+    output_dir = str(trainer.args.output_dir)
     if trainer.is_world_process_zero():
-        write_settings(str(config.output_dir), (settings, config, adapter))
+        write_settings(output_dir, settings)
     _log_lines(trainer)
-    checkpoint = config.resume_from_checkpoint
+    checkpoint = trainer.args.resume_from_checkpoint
     if checkpoint == "last":
-        checkpoint = get_last_checkpoint(str(config.output_dir))
+        checkpoint = get_last_checkpoint(output_dir)
     metrics: dict[str, Any] = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if eval_rows is not None:
+    if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        write_json(settings.output_json, metrics)
+        write_json(output_json, metrics)
         for name, value in metrics.items():
             print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
-        print(f"model: {config.output_dir}")
+        print(f"model: {output_dir}")
     return 0
 
 
-def _peft_config(adapter: AdapterSettings, config: "PRMConfig") -> "LoraConfig | None":
+def open_adapter(adapter: AdapterSettings) -> "LoraConfig | None":
+    """The adapter to train, if one is asked for."""
     if not adapter.use_peft:
         return None
     from peft import LoraConfig
 
-    if adapter.lora_dropout and config.disable_dropout:
-        raise InputError(f"lora_dropout: {adapter.lora_dropout} does nothing while disable_dropout is true")
     return LoraConfig(
         r=adapter.lora_r,
         lora_alpha=adapter.lora_alpha,
