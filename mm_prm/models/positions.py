@@ -5,6 +5,7 @@ Models of the Qwen-VL family derive them from the sizes of the images, image by 
 small operations, and the GPU waits. On the CPU, in a data loader's worker, nobody waits.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -42,9 +43,11 @@ class PositionPrecomputer:
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and module.config.model_type in _MODEL_TYPES:
                 core = cast(PreTrainedModel, module.base_model)
+                config = copy.deepcopy(core.config)
+                config._attn_implementation = "eager"  # nothing attends here, so no kernel has to be found
                 # Under ZeRO-3 transformers would scatter even weights that do not exist
                 with set_zero3_state(), torch.device("meta"):
-                    return cls(type(core)(core.config))
+                    return cls(type(core)(config))
         return None
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers.data.data_collator import DataCollatorMixin
 
-from ..models import PositionPrecomputer, ProcessRewardProcessor, TreePacker, fill
+from ..models import PositionPrecomputer, ProcessRewardProcessor, TreePacker
 from .rows import to_problem
 
 # Keys of a batch that the model does not take
@@ -55,7 +55,7 @@ class DataCollatorForProcessReward(DataCollatorMixin):
     def torch_call(self, examples: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         problems, completions = [to_problem(row) for row in examples], [row["completions"] for row in examples]
         labels = [self._labels(row["labels"], row.get("num_judged")) for row in examples]
-        inputs: dict[str, torch.Tensor]
+        inputs: dict[str, Any]
         if self.packer is not None:
             encoded = self.processor.encode(problems, completions, labels, max_length=self.max_length)
             weights = [
@@ -64,7 +64,7 @@ class DataCollatorForProcessReward(DataCollatorMixin):
             ]
             packed = self.packer.pack(encoded, weights)
             lengths = [len(tree) for tree in packed]
-            inputs = self.packer.collate(encoded, packed, fill(lengths, self.packer.max_tokens or max(lengths)))
+            inputs = self.packer.collate(encoded, packed, self.packer.layout(packed))
             num_labels = sum(int((~np.isnan(values)).sum()) for values in encoded.labels)
             counts = [sum(lengths), sum(map(len, encoded.input_ids)), num_labels]
         else:

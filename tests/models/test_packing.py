@@ -1,10 +1,17 @@
 """Packed trees are the rows that they were made of: same paths, and same logits, loss and gradients from the model."""
 
+import copy
+import re
+from itertools import combinations, product
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
+from transformers import BloomConfig, FalconH1Config, Qwen3NextConfig
 
 from mm_prm.models import (
     AutoModelForProcessReward,
@@ -13,7 +20,10 @@ from mm_prm.models import (
     TreePacker,
     fill,
     pack_rows,
+    packing_obstacle,
+    use_flex_attention,
 )
+from mm_prm.models.modeling import packed_attention_mask
 
 from ..testing_utils import tiny_image, tiny_problem
 from .tiny_architectures import build_config
@@ -35,7 +45,7 @@ def test_every_row_is_a_path_and_sees_itself_only(rows, max_tokens):
     packed = pack_rows(ids, labels, weights, max_tokens=max_tokens)
     assert sorted(row for sequence in packed for row in sequence.rows) == list(range(len(rows)))
     for sequence in packed:
-        mask = sequence.attention_mask()
+        mask = packed_attention_mask(torch.from_numpy(sequence.subtree_ends())[None], "sdpa", torch.float32)[0, 0]
         if max_tokens is not None:
             assert len(sequence) <= max(max_tokens, max(len(ids[row]) for row in sequence.rows))
         prefixes = {tuple(ids[row][: end + 1]) for row in sequence.rows for end in range(len(ids[row]))}
@@ -44,7 +54,83 @@ def test_every_row_is_a_path_and_sees_itself_only(rows, max_tokens):
             assert sequence.input_ids[path].tolist() == ids[row].tolist()
             assert sequence.depths[path].tolist() == list(range(len(path)))
             for depth, token in enumerate(path):
-                assert np.flatnonzero(mask[token]).tolist() == sorted(path[: depth + 1].tolist())
+                assert mask[token].nonzero()[:, 0].tolist() == sorted(path[: depth + 1].tolist())
+
+
+def _num_tokens(ids, rows):
+    return len({tuple(ids[row][: end + 1]) for row in rows for end in range(len(ids[row]))})
+
+
+@given(rows=st.lists(TOKENS, min_size=1, max_size=7), extra=st.integers(0, 12))
+@settings(deadline=None)
+def test_a_tree_is_split_without_repeating_more_than_it_must(rows, extra):
+    ids, labels, weights = _arrays(rows)
+    max_tokens = max(map(len, ids)) + extra
+    packed = pack_rows(ids, labels, weights, max_tokens=max_tokens)
+    assert sorted(row for sequence in packed for row in sequence.rows) == list(range(len(rows)))
+    for sequence in packed:
+        assert len(sequence) == _num_tokens(ids, sequence.rows) <= max_tokens
+        for row, path in zip(
+            sequence.rows, sequence.paths, strict=True
+        ):  # as in the row: labels come along with tokens
+            assert sequence.input_ids[path].tolist() == ids[row].tolist()
+    # Each label once, whatever is repeated
+    total = sum(float(weight[~np.isnan(label)].sum()) for label, weight in zip(labels, weights, strict=True))
+    assert sum(sequence.label_weights.sum() for sequence in packed) == pytest.approx(total)
+    # No two sequences fit into one, in which what they share would stand once
+    for one, other in combinations(packed, 2):
+        assert _num_tokens(ids, one.rows + other.rows) > max_tokens
+    # No cut of the rows in order repeats less
+    order = sorted(range(len(rows)), key=lambda row: ids[row].tolist())
+    for cuts in product([False, True], repeat=len(order) - 1):
+        groups = [[order[0]]]
+        for row, cut in zip(order[1:], cuts, strict=True):
+            groups.append([row]) if cut else groups[-1].append(row)
+        lengths = [_num_tokens(ids, group) for group in groups]
+        assert max(lengths) > max_tokens or sum(lengths) >= sum(map(len, packed))
+
+
+def test_a_tree_is_split_at_the_fork_that_shares_least_and_evenly():
+    # A prompt of 10 tokens, then 6 pairs of rows which share 5 more tokens and have 5 of their own
+    rows = [np.array([0] * 10 + [1 + pair] * 5 + [10 + row] * 5) for pair in range(6) for row in (0, 1)]
+    nothing = [np.full(20, np.nan, dtype=np.float32)] * 12
+    lengths = [len(sequence) for sequence in pack_rows(rows, nothing, nothing, max_tokens=80)]
+    assert lengths == [55, 55]  # three pairs each, where filling up would give 70 and 40
+    assert sum(lengths) == len(pack_rows(rows, nothing, nothing)[0]) + 10
+    # A row that is longer than the budget stays whole and alone
+    long = [np.array([0] * 10 + [7] * 90), *rows[:2]]
+    labels = [np.full(len(row), np.nan, dtype=np.float32) for row in long]
+    assert sorted(map(len, pack_rows(long, labels, labels, max_tokens=60))) == [25, 100]
+
+
+@given(
+    trees=st.lists(
+        st.lists(st.lists(st.integers(0, 1), min_size=60, max_size=120), min_size=1, max_size=3), max_size=4
+    ),
+    padding=st.integers(0, 130),
+)
+@settings(deadline=None, max_examples=10)
+def test_the_mask_of_blocks_is_the_one_that_looking_at_each_pair_gives(trees, padding):
+    ends = []
+    for rows in trees:
+        ids = [np.array([*row[:40], index, *row]) for index, row in enumerate(rows)]
+        tree = pack_rows(ids, *[[np.full(len(row), np.nan, dtype=np.float32) for row in ids]] * 2)[0]
+        ends += (tree.subtree_ends() + len(ends)).tolist()
+    length = -(-(len(ends) + padding + 1) // 128) * 128
+    ends = torch.tensor([[*ends, *range(len(ends) + 1, length + 1)], range(1, length + 1)], dtype=torch.int32)
+    found = packed_attention_mask(ends, "flex_attention", torch.float32)
+    expected = create_block_mask(found.mask_mod, 2, None, length, length, device="cpu")
+    assert torch.equal(found.to_dense(), expected.to_dense())
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        numbers, indices = getattr(found, f"{kind}_num_blocks"), getattr(found, f"{kind}_indices")
+        assert torch.equal(numbers, getattr(expected, f"{kind}_num_blocks"))
+        used = torch.arange(indices.shape[-1]) < numbers[..., None]
+        assert torch.equal(indices[used], getattr(expected, f"{kind}_indices")[used])
+    dense = packed_attention_mask(ends, "sdpa", torch.float32)
+    pairs = create_mask(found.mask_mod, 2, None, length, length, device="cpu")
+    assert torch.equal(dense, pairs)
+    added = packed_attention_mask(ends, "eager", torch.float32)
+    assert torch.equal(added == 0, dense) and (added[~dense] < -1e38).all()
 
 
 @given(rows=st.lists(TOKENS, min_size=1, max_size=5))
@@ -159,16 +245,116 @@ def test_precomputed_positions_change_nothing(tiny_prm_path, model):
     assert precomputer(without_images) == {}
 
 
-def test_architectures_that_cannot_are_named(tiny_prm_path):
+def _changed(name, **settings):
+    config = build_config(name, tied=True)
+    for key, value in settings.items():
+        setattr(config.get_text_config(), key, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (build_config("gemma2", tied=True), r"'gemma2' models have layers .* tokens \(sliding_attention\)"),
+        (build_config("mistral3", tied=True), r"'mistral3' models have layers .* tokens \(sliding_window\)"),
+        (
+            _changed("internvl", layer_types=["full_attention", "chunked_attention"]),
+            r"'internvl' .*\(chunked_attention\)",
+        ),
+        (build_config("glm4v", tied=True), "'glm4v' models are not known to read the images of packed rows"),
+        (
+            FalconH1Config(
+                vocab_size=50,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                mamba_d_ssm=32,
+                mamba_n_heads=2,
+                mamba_d_head=16,
+                mamba_d_state=8,
+                reward_token_ids=[7, 3],
+            ),
+            "'falcon_h1' models carry a state",
+        ),
+        (
+            Qwen3NextConfig(
+                vocab_size=50,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=16,
+                layer_types=["linear_attention", "full_attention"],
+                num_experts=0,
+                reward_token_ids=[7, 3],
+            ),
+            r"'qwen3_next' .*\(linear_attention\)",
+        ),
+        (
+            BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=2, reward_token_ids=[7, 3]),
+            "'bloom' .*reach each",
+        ),
+    ],
+)
+def test_architectures_that_cannot_are_named(tiny_prm_path, config, reason):
+    model = AutoModelForProcessReward.from_config(config)
+    assert re.match(reason, packing_obstacle(model))
+    with pytest.raises(ValueError, match=reason + ".*set packing to 'none'"):
+        TreePacker(model, ProcessRewardProcessor.from_pretrained(tiny_prm_path))
+
+
+def test_images_are_read_by_known_architectures_only():
+    config = _changed("mistral3", sliding_window=None)
+    assert "images" in packing_obstacle(AutoModelForProcessReward.from_config(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("cohere", {}), ("llama", {}), ("gemma2", {"layer_types": ["full_attention"] * 2})]
+)
+def test_architectures_are_told_by_their_layers_not_by_their_names(name, settings):
+    model = AutoModelForProcessReward.from_config(_changed(name, **settings))
+    assert packing_obstacle(model) is None
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.5)
+    ids = torch.randint(10, 90, (30,))
+    tree = {"input_ids": ids[None], "subtree_ends": torch.tensor([[30] * 10 + [20] * 10 + [30] * 10])}
+    with torch.no_grad():
+        packed = model.eval()(**tree, position_ids=torch.tensor([[*range(20), *range(10, 20)]])).logits[0]
+        alone = model(input_ids=torch.stack([ids[:20], torch.cat([ids[:10], ids[20:]])])).logits
+    torch.testing.assert_close(packed[:20], alone[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed[20:], alone[1, 10:], rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_do_not_hide_what_an_architecture_is(tiny_prm_path, model):
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q_proj"], r=2))
+    assert packing_obstacle(adapted) is None
+    packer = TreePacker(adapted, ProcessRewardProcessor.from_pretrained(tiny_prm_path))
+    use_flex_attention(adapted)
+    assert not packer.by_blocks and TreePacker(adapted, packer.processor).by_blocks
+
+
+def test_borders_of_rows_are_those_of_the_layout(tiny_prm_path, model):
     processor = ProcessRewardProcessor.from_pretrained(tiny_prm_path)
-    for name in ("gemma2", "cohere"):
-        unknown = AutoModelForProcessReward.from_config(build_config(name, tied=True))
-        with pytest.raises(ValueError, match=f"'{name}' models are not known to read packed trees"):
-            TreePacker(unknown, processor)
-    windows = build_config("internvl", tied=True)
-    windows.text_config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(ValueError, match=r"do not attend to all tokens \(full_attention, sliding_attention\)"):
-        TreePacker(AutoModelForProcessReward.from_config(windows), processor)
-    eager = AutoModelForProcessReward.from_pretrained(tiny_prm_path, attn_implementation="eager")
-    with pytest.raises(ValueError, match="attn_implementation = 'sdpa' instead of 'eager'"):
-        TreePacker(eager, processor)
+    flash = copy.deepcopy(model)
+    flash.config.text_config._attn_implementation = "flash_attention_2"
+    packer = TreePacker(flash, processor, share_prefixes=False)
+    encoded = processor.encode(*_rows())
+    packed = packer.pack(encoded)
+    lengths = list(map(len, encoded.input_ids))
+    whole = packer.collate(encoded, packed, packer.layout(packed))
+    borders = np.cumsum([0, *lengths]).tolist()
+    padded = [*borders, *({whole["input_ids"].numel()} - set(borders))]
+    assert whole["row_borders"].tolist() == padded and whole["row_borders"].dtype == torch.int32
+    assert whole["longest_row"] == max(lengths) and "subtree_ends" not in whole and "attention_mask" not in whole
+    two = packer.collate(encoded, packed, [[3, 0], [1]])
+    width = -(-(lengths[3] + lengths[0]) // 8) * 8
+    expected = {0, lengths[3], lengths[3] + lengths[0], width, width + lengths[1], 2 * width}
+    assert two["row_borders"].tolist() == sorted(expected)
+    with pytest.raises(ValueError, match=r"'flash_attention_2' cannot hide branches .* 'flex_attention' or 'sdpa'"):
+        TreePacker(flash, processor)

@@ -10,6 +10,7 @@ token, whose id is `config.step_token_id`.
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -29,6 +31,9 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 # Name of this file in a model's repository
 CODE_FILE = "modeling_process_reward.py"
+
+# Tokens in a block of FlexAttention's masks
+_BLOCK_SIZE = 128
 
 # Architectures with a stock class whose forward does not fit, with the reason that the error gives.
 _UNSUPPORTED_MODEL_TYPES = {
@@ -153,6 +158,60 @@ def process_reward_loss(
     return (losses * weights).sum() / total_weight
 
 
+def packed_attention_mask(
+    subtree_ends: torch.Tensor, attn_implementation: str, dtype: torch.dtype
+) -> torch.Tensor | BlockMask:
+    """
+    Returns the mask with which each token of packed sequences attends to itself and to what precedes it in its rows: token
+    j is seen by token i if j ≤ i < `subtree_ends[j]`.
+
+    Args:
+        subtree_ends (`torch.Tensor` of shape `(batch_size, sequence_length)`):
+            Where the last row that a token belongs to ends, in trees laid out depth first.
+        attn_implementation (`str`):
+            What the mask is for: a dense one for `sdpa` and `eager`, one of blocks for FlexAttention, of which no part is
+            as large as the sequence is long, squared.
+        dtype (`torch.dtype`):
+            Type of a mask for `eager`, which is added to the scores.
+    """
+    if "flex" in attn_implementation:
+        return _block_mask(subtree_ends)
+    if attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"attn_implementation = {attn_implementation!r} cannot hide branches of packed trees from each other; load the "
+            "model with 'sdpa' or 'flex_attention'"
+        )
+    places = torch.arange(subtree_ends.shape[1], device=subtree_ends.device)
+    mask = ((places[:, None] >= places) & (places[:, None] < subtree_ends[:, None])).unsqueeze(1)
+    if attn_implementation == "eager":
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    return mask
+
+
+def _block_mask(subtree_ends: torch.Tensor) -> BlockMask:
+    """What `create_block_mask` gives for the same tokens, without looking at each pair of them."""
+    batch_size, length = subtree_ends.shape
+    if length % _BLOCK_SIZE:
+        raise ValueError(
+            f"packed sequences of {length} tokens: FlexAttention takes multiples of {_BLOCK_SIZE}; pack with a TreePacker "
+            "that was made for this model with this attn_implementation"
+        )
+
+    def is_seen(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (query >= key) & (query < subtree_ends[batch, key])
+
+    ends = subtree_ends.view(batch_size, 1, 1, -1, _BLOCK_SIZE)
+    keys = torch.arange(0, length, _BLOCK_SIZE, device=subtree_ends.device)
+    queries = keys[:, None]
+    whole = (queries > keys) & (ends.amin(-1) >= queries + _BLOCK_SIZE)
+    some = ((queries > keys) & (ends.amax(-1) > queries) | (queries == keys)) & ~whole
+    blocks = []
+    for kind in (some, whole):
+        # Number of key blocks for each block of queries, and their indices before those of the others
+        blocks += [kind.sum(-1, dtype=torch.int32), kind.int().argsort(dim=-1, descending=True, stable=True).int()]
+    return BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=_BLOCK_SIZE, mask_mod=is_seen)
+
+
 class ProcessRewardMixin:
     """
     Turns a stock language model class into a process reward model: `forward` returns logits [wrong, right].
@@ -162,6 +221,7 @@ class ProcessRewardMixin:
     """
 
     config: Any
+    dtype: torch.dtype
     # Of transformers.PreTrainedModel
     should_save_on_this_rank: Callable[[bool], bool]
     _hf_peft_config_loaded: bool
@@ -241,6 +301,9 @@ class ProcessRewardMixin:
         step_mask: torch.Tensor | None = None,
         label_weights: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | float | None = None,
+        subtree_ends: torch.Tensor | None = None,
+        row_borders: torch.Tensor | None = None,
+        longest_row: int | None = None,
         use_cache: bool = False,
         **kwargs,
     ) -> ProcessRewardOutput:
@@ -256,6 +319,13 @@ class ProcessRewardMixin:
                 Weight of each label in the loss.
             num_items_in_batch (`torch.Tensor` or `float`, *optional*):
                 Sum of the weights over the whole optimizer step. Defaults to the sum over this batch.
+            subtree_ends (`torch.IntTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                For packed trees or rows, instead of `attention_mask`; see [`packed_attention_mask`].
+            row_borders (`torch.IntTensor` of shape `(num_rows + 1,)`, *optional*):
+                For packed rows under FlashAttention, instead of `subtree_ends`: where rows begin and end, the sequences of
+                the batch one behind another.
+            longest_row (`int`, *optional*):
+                Length of the longest of these rows.
             use_cache (`bool`, *optional*, defaults to `False`):
                 Whether to return keys and values. Off, since nothing is generated.
             kwargs:
@@ -267,7 +337,11 @@ class ProcessRewardMixin:
         head = cast(PreTrainedModel, self).get_output_embeddings()
         if not isinstance(head, RewardHead):
             _check_adapter(head)
-        outputs = super().forward(*args, use_cache=use_cache, return_dict=True, **kwargs)  # type: ignore[misc]
+        if subtree_ends is not None:
+            implementation = self.config.get_text_config()._attn_implementation
+            kwargs["attention_mask"] = packed_attention_mask(subtree_ends, implementation, self.dtype)
+        with self._rows_for_decoder(row_borders, longest_row):
+            outputs = super().forward(*args, use_cache=use_cache, return_dict=True, **kwargs)  # type: ignore[misc]
         logits = outputs.logits
         if logits.shape[-1] != 2 and not isinstance(head, RewardHead):
             # An adapter around the head computes all rows: PEFT's trainable tokens, if input and output share weights
@@ -289,6 +363,17 @@ class ProcessRewardMixin:
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),  # state space models have none
         )
+
+    def _rows_for_decoder(self, borders: torch.Tensor | None, longest: int | None) -> AbstractContextManager:
+        """Gives the language model FlashAttention's borders; vision towers, which get all other arguments, have their own."""
+        if borders is None:
+            return nullcontext()
+        rows = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
+
+        def add_rows(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            return args, kwargs | rows
+
+        return cast(PreTrainedModel, self).get_decoder().register_forward_pre_hook(add_rows, with_kwargs=True)
 
     def generate(self, *args, **kwargs):
         raise TypeError(
