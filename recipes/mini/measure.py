@@ -3,10 +3,11 @@
     python recipes/mini/measure.py candidates --directory outputs/mini --policy mini-policy
     python recipes/mini/measure.py score --directory outputs/mini --name soft --model outputs/mini/prm/soft
     python recipes/mini/measure.py table --directory outputs/mini --output recipes/mini
+    python recipes/mini/measure.py compare --directory outputs/mini --name tree --against none
 
 `candidates` samples 16 solutions for each problem of the splits validation, test and test_ood, and the greedy one.
 `score` gives every step a score, and once more on the test split with each problem's picture replaced by that of the
-next problem of its type. `table` needs no GPU. What ships is chosen on the validation split, by `min`, which was fixed
+next problem of its type. `compare` sets two models side by side on the same candidates. `table` and `compare` need no GPU. What ships is chosen on the validation split, by `min`, which was fixed
 beforehand; all figures of the tables are those of the test splits.
 """
 
@@ -215,18 +216,41 @@ def table(directory: Path, output: Path) -> None:
 
 def _paired(pools: list[dict], scores: list, others: list) -> dict:
     """What Best-of-N by the headline aggregator loses with the other scores; paired over problems."""
-    aggregate = AGGREGATORS[HEADLINE]
-
-    def chosen(values: list) -> np.ndarray:
-        return np.array(
-            [
-                best_of_n_curve([bool(c) for c in pool["correct"]], [aggregate(c) for c in row], [len(row)])[0]
-                for pool, row in zip(pools, values, strict=True)
-            ]
-        )
-
-    lost = chosen(scores) - chosen(others)
+    lost = _chosen(pools, scores, HEADLINE) - _chosen(pools, others, HEADLINE)
     return difference(lost, bootstrap_means(lost))
+
+
+def _chosen(pools: list[dict], scores: list, aggregator: str) -> np.ndarray:
+    """For each problem, whether the candidate with the best score is right."""
+    aggregate = AGGREGATORS[aggregator]
+    return np.array(
+        [
+            best_of_n_curve([bool(c) for c in pool["correct"]], [aggregate(c) for c in row], [len(row)])[0]
+            for pool, row in zip(pools, scores, strict=True)
+        ]
+    )
+
+
+def compare(directory: Path, name: str, against: str) -> None:
+    """Writes `NAME_against_OTHER.json`: Best-of-N with the scores of both models, and the difference, paired over problems."""
+    scores = {model: json.loads((directory / "scores" / f"{model}.json").read_text()) for model in (name, against)}
+    results: dict = {}
+    for split in SPLITS:
+        pools = json.loads((directory / "candidates" / f"{split}.json").read_text())
+        results[split] = {"num_problems": len(pools)}
+        for aggregator in (HEADLINE, "last"):
+            chosen = {model: _chosen(pools, scores[model][split], aggregator) for model in (name, against)}
+            gained = chosen[name] - chosen[against]
+            results[split][aggregator] = {
+                **{model: estimate(values, bootstrap_means(values)) for model, values in chosen.items()},
+                "difference": difference(gained, bootstrap_means(gained)),
+            }
+            cells = results[split][aggregator]
+            print(
+                f"{split}, {len(pools)} problems, Best-of-{NUM_CANDIDATES} by {aggregator}: {name} {_cell(cells[name])}, "
+                f"{against} {_cell(cells[against])}, difference {_cell(cells['difference'])}"
+            )
+    (directory / f"{name}_against_{against}.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _cell(entry: dict) -> str:
@@ -315,11 +339,12 @@ def markdown(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("candidates", "score", "table"))
+    parser.add_argument("stage", choices=("candidates", "score", "table", "compare"))
     parser.add_argument("--directory", type=Path, default=Path("outputs/mini"))
     parser.add_argument("--policy", default="mini-policy")
     parser.add_argument("--name")
     parser.add_argument("--model")
+    parser.add_argument("--against", help="name of the scores to compare with")
     parser.add_argument("--output", type=Path, default=Path("recipes/mini"))
     parser.add_argument(
         "--scale", type=float, default=1.0, help="share of each split's problems, to try the script out"
@@ -329,6 +354,8 @@ def main() -> None:
         candidates(args.directory, args.policy, args.scale)
     elif args.stage == "score":
         score(args.directory, args.name, args.model)
+    elif args.stage == "compare":
+        compare(args.directory, args.name, args.against)
     else:
         table(args.directory, args.output)
 
