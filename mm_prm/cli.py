@@ -14,6 +14,8 @@ from mm_prm.commands import InputError
 
 # Each is a module of `mm_prm.commands` with `main(args, prog) -> exit status`.
 COMMANDS = {
+    "write-steps": "let a language model write plain solutions down in steps",
+    "train-policy": "fine-tune a policy to write its solutions in steps",
     "annotate": "grow a tree of judged rollouts for each problem",
     "journal": "join the journals of a job array",
     "judge": "check answers against gold answers",

@@ -122,6 +122,17 @@ def format_solution(steps: Sequence[str], step_format: StepFormat) -> str:
     return text
 
 
+def without_number(step: str) -> str:
+    """
+    Takes the number off a step that begins with one, as in `Step 2: …`.
+
+    Args:
+        step (`str`):
+            Step as a model wrote it.
+    """
+    return re.sub(rf"\A{_NUMBER}", "", step).strip()
+
+
 def first_step(text: str, step_format: StepFormat, ended: RolloutStatus) -> tuple[tuple[str, ...], RolloutStatus]:
     """
     Reads the one step of a rollout that was asked for one, see [`~mm_prm.annotation.protocols.RolloutRequest`].
