@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 # Several runs may share a cache; a writer waits for another that long.
 _BUSY_SECONDS = 60.0
+# Of what is kept; once, `extracted` held the whole step that states the answer. Other formats are not found.
+_FORMAT = 2
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS verdicts (
     key TEXT PRIMARY KEY, verdict TEXT NOT NULL, extracted TEXT NOT NULL, reason TEXT NOT NULL
@@ -87,6 +89,7 @@ class CachedJudge:
 
     def _key(self, problem: Problem, solution: Sequence[str]) -> str:
         parts = [
+            _FORMAT,
             self.identity,
             problem["question"],
             list(problem["choices"] or ()),

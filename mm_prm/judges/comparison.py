@@ -44,21 +44,33 @@ _OPPOSITES = (
     {"increasing", "decreasing"},
     {"increase", "decrease"},
 )
-_RELATIONS = {"<", ">", "=", "\\le", "\\ge", "≠"}
+_RELATIONS = {"<", ">", "=", "\\le", "\\ge", "\\ne"}
 _BRACKETS = {"(": ")", "[": "]", "\\{": "\\}"}
 _BRACKET_PARTS = {*_BRACKETS, *_BRACKETS.values()}
 _LABEL = re.compile(r"\((\d)\)\s*")
-_RATIO = re.compile(r"\s*:\s*")
+_RATIO = re.compile(r"\s*:\s*|\s+to\s+")
 # Computer algebra would multiply them: "(3)(4)" is not 12.
-_JUXTAPOSED = re.compile(r"\d\s+-?\d|\(\d+\)\s*\(?\d")
+_JUXTAPOSED = re.compile(r"(?<!_)\d\s+-?\d|\(\d+\)\s*\(?\d")
 _APPROXIMATELY = re.compile(r"≈|\\approx(?![a-zA-Z])")
 _PLUS_MINUS = re.compile(r"(?:±|\\pm(?![a-zA-Z]))\s*(.+)", re.DOTALL)
 _CLOSE_UNIT = re.compile(r"(?<=[\d)}])[mgshlL]\Z")
 _VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]")
 _CHAIN = re.compile(r"\s*([<>])\s*")
 _ONLY = re.compile(r"\A\s*(?:only|just|exactly)\s+(?=\S)", re.IGNORECASE)
+_CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?:\s*([ap])\.?m)?", re.IGNORECASE)
+_INDEXED_NUMBER = re.compile(r"\d\s*_")
+_OUT_OF = re.compile(r"\d\s+out\s+of\s+(?:the\s+)?\d")
+_ASSIGNED = re.compile(r"\s*([a-zA-Z](?:_\{?\w\}?)?)\s*=")
+_FUNCTION_OF = re.compile(r"\A\s*([a-zA-Z])\s*\(\s*[a-zA-Z]\s*\)\s*=")
+# Points in an order: computer algebra would multiply them, and "BACD" is not "ABCD".
+_POINTS = re.compile(r"(?:\\(?:angle|triangle|overline|bar)|[∠△])?[\s{]*([A-Z]{2,})\}*")
+_ONE_NUMBER = re.compile(r"(-?\d+),\s?(\d+)|(-?\d{1,3}(?: \d{3})+)")
+_SLASHED_FACTOR = re.compile(r"(\d+)\s*/\s*(\d+)(?=\s*(?:\\pi|\\sqrt|√|[a-zA-Z(]))")
+_DEGREES_OF = re.compile(r"\\?(sin|cos|tan|cot)\s*[({]?\s*(\d+(?:\.\d+)?)\s*°\s*[)}]?")
 _ALTERNATIVES = re.compile(r"\s*,?\s+or\s+|\s*,\s*or\s+")
 _LATEX = (
+    (re.compile(r"(?<![\\a-zA-Z])(sin|cos|tan|cot|sec|csc|log|ln|exp)(?![a-zA-Z])"), r"\\\1 "),
+    (re.compile(r"(?<![\\a-zA-Z])sqrt\s*(\d+)"), r"\\sqrt{\1}"),
     (re.compile(r"√\s*\{"), r"\\sqrt{"),
     (re.compile(r"√\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
     (re.compile(r"√\s*(\d+|[a-zA-Z])"), r"\\sqrt{\1}"),
@@ -136,6 +148,8 @@ def _compare_prose(gold: str, answer: str, gold_quantity: Quantity | None) -> tu
     elif not is_prose(gold):
         if _REFUSAL.search(answer):
             return False, "no answer is given"
+        if _OUT_OF.search(answer):
+            return None, "so many out of so many"
         numbers = re.findall(r"\d+(?:\.\d+)?", answer)
         if not numbers and re.search(r"\d", gold):
             return None, "text where a number is wanted"
@@ -150,6 +164,13 @@ def _compare_structure(
     gold: str, answer: str, gold_text: str, answer_text: str, compare_formulas: CompareFormulas
 ) -> tuple[bool | None, str] | None:
     """Ratios, chains of comparisons, and answers of several parts; `None` if the gold answer is none of these."""
+    clocks = [_CLOCK.fullmatch(gold_text), _CLOCK.fullmatch(answer_text)]
+    if clocks[0] and clocks[1] and (clocks[0][3] or clocks[1][3]):
+        times = [(int(clock[1]) % 12, clock[2]) for clock in clocks if clock]
+        halves = {clock[3].casefold() for clock in clocks if clock and clock[3]}
+        if times[0] != times[1] or len(halves) > 1:
+            return False, "compared as times of day"
+        return (True if clocks[0][3] and clocks[1][3] else None), "compared as times of day"
     ratios = [_ratio(gold_text), _ratio(answer_text)]
     if ratios[0] is not None and ratios[1] is not None:
         return ratios[0] == ratios[1], "compared as ratios"
@@ -165,7 +186,9 @@ def _compare_structure(
         answer = answer_text
     gold_alternatives = _ALTERNATIVES.split(gold_text)
     if len(gold_alternatives) > 1:
-        return _compare_alternatives(gold_alternatives, _split_parts(answer, orderless=True), compare_formulas)
+        alternatives = _split_parts(answer, orderless=True)
+        alternatives = alternatives[1:-1] if alternatives[0] == "\\{" else alternatives
+        return _compare_alternatives(gold_alternatives, alternatives, compare_formulas)
     serials = [_serial_numbers(gold_text), _serial_numbers(answer_text)]
     if serials[0] is not None and serials[1] is not None:
         if sorted(serials[0]) != sorted(serials[1]):
@@ -182,12 +205,30 @@ def _compare_structure(
         return _compare_alternatives(gold_parts[1:-1], parts[1:-1], compare_formulas)
     if len(gold_parts) == 1 and len(parts) == 1:
         return None
+    if abs(len(gold_parts) - len(parts)) == 2 and (gold_parts[0] in _BRACKETS) != (parts[0] in _BRACKETS):
+        bare = [side[1:-1] if side[0] in _BRACKETS else side for side in (gold_parts, parts)]
+        if _compare_parts(*bare, compare_formulas)[0]:
+            is_set = "\\{" in (gold_parts[0], parts[0])
+            return (True, "equal part by part") if is_set else (None, "brackets on one side only")
+        if _compare_alternatives(*bare, compare_formulas)[0]:
+            return None, "brackets on one side only, and another order"
     if len(gold_parts) != len(parts):
+        one_number = _as_one_number(gold_text)
+        if one_number is not None and one_number == _as_one_number(answer_text):
+            return None, "perhaps one number, perhaps two"
         # What is not plain may be said in another way: "x = 2, y = 3" for "(2, 3)".
         is_single = re.fullmatch(r"[a-zA-Z]", answer_text) is not None or parse_quantity(answer) is not None
         plain = is_single or all(map(_is_plain, [*gold_parts, *parts]))
         return (False if plain else None), "another number of parts"
     return _compare_parts(gold_parts, parts, compare_formulas)
+
+
+def _as_one_number(text: str) -> Quantity | None:
+    """ "0,5" read as a decimal number, "1 200" as a number with a space."""
+    match = _ONE_NUMBER.fullmatch(text)
+    if match is None:
+        return parse_quantity(text)
+    return parse_quantity(match[3].replace(" ", "") if match[3] else f"{match[1]}.{match[2]}")
 
 
 def _is_plain(part: str) -> bool:
@@ -206,6 +247,14 @@ def _serial_numbers(text: str) -> list[str] | None:
 
 
 def _compare_parts(gold: list[str], answer: list[str], compare_formulas: CompareFormulas) -> tuple[bool | None, str]:
+    names, gold_names = ([_ASSIGNED.match(part) for part in side] for side in (answer, gold))
+    if all(names) and all(gold_names):  # "y = 2, x = 1" says its own order
+        by_name, gold_by_name = (
+            {name[1]: part for name, part in zip(found, side, strict=True) if name}
+            for found, side in ((names, answer), (gold_names, gold))
+        )
+        if len(by_name) == len(answer) and by_name.keys() == gold_by_name.keys():
+            answer = [by_name[name] for name in gold_by_name]
     unknown = ""
     for number, (gold_part, part) in enumerate(zip(gold, answer, strict=True), start=1):
         if {gold_part, part} & _BRACKET_PARTS and gold_part != part:
@@ -249,11 +298,12 @@ def _split_parts(text: str, orderless: bool = False) -> list[str]:
     if orderless:
         text = _ALTERNATIVES.sub(", ", text)
     opening = next((bracket for bracket in _BRACKETS if text.startswith(bracket)), None)
+    closing = next((bracket for bracket in _BRACKETS.values() if text.endswith(bracket)), None)
     parts = _split_outside_brackets(text)
-    if opening and len(parts) == 1 and text.endswith(_BRACKETS[opening]):
-        inner = _split_outside_brackets(text[len(opening) : -len(_BRACKETS[opening])])
-        # The brackets are kept as parts: (1, 2) is no [1, 2].
-        return [opening, *inner, _BRACKETS[opening]] if len(inner) > 1 else [text]
+    if opening and closing and len(parts) == 1 and (opening == "\\{") == (closing == "\\}"):
+        inner = _split_outside_brackets(text[len(opening) : -len(closing)])
+        # The brackets are kept as parts: (1, 2) is no [1, 2], and no [1, 2).
+        return [opening, *inner, closing] if len(inner) > 1 else [text]
     if len(parts) == 1 and re.fullmatch(r"-?\d+(?:\.\d+)?(?:\s+-?\d+(?:\.\d+)?)+", text):
         return text.split()
     return parts
@@ -283,7 +333,8 @@ def _ratio(text: str) -> tuple | None:
         return None
     quantities = [parse_quantity(term) for term in terms]
     values = [quantity.value for quantity in quantities if quantity is not None]
-    if len(values) != len(terms) or values[-1] == 0:
+    units = {quantity.unit for quantity in quantities if quantity is not None}
+    if len(values) != len(terms) or values[-1] == 0 or len(units) > 1:  # "3:45 PM" is no ratio
         return None
     return tuple(value / values[-1] for value in values)
 
@@ -299,6 +350,11 @@ def _chain(text: str) -> list[str] | None:
 
 
 def _compare_as_formulas(gold: str, answer: str, compare_formulas: CompareFormulas) -> tuple[bool | None, str]:
+    points = [_POINTS.fullmatch(text) for text in (gold, answer)]
+    if points[0] and points[1] and sorted(points[0][1]) == sorted(points[1][1]) and points[0][1] != points[1][1]:
+        return None, "points in another order"
+    gold, answer = (_FUNCTION_OF.sub(_as_assignment, text) for text in (gold, answer))
+    gold, answer = (_DEGREES_OF.sub(r"\\\1(\\frac{\2\\pi }{180})", text) for text in (gold, answer))
     forms = _APPROXIMATELY.split(answer)
     if len(forms) > 1 and all(form.strip() for form in forms) and not _APPROXIMATELY.search(gold):
         # "2√2 ≈ 2.83" states the same number twice.
@@ -327,6 +383,8 @@ def _compare_as_formulas(gold: str, answer: str, compare_formulas: CompareFormul
     for text in (gold, answer):
         if len(text) > _MOST_CHARACTERS or _nesting(text) > _MOST_NESTING or is_prose(text):
             return None, "no formula that rules can read"
+        if _INDEXED_NUMBER.search(text):
+            return None, "a number with an index"
         if _JUXTAPOSED.search(text):
             return None, "several numbers side by side"
     outcome = compare_formulas(_as_latex(gold), _as_latex(answer))
@@ -336,10 +394,18 @@ def _compare_as_formulas(gold: str, answer: str, compare_formulas: CompareFormul
         bare = [text if _VARIABLE.search(text[:-1]) else _CLOSE_UNIT.sub("", text) for text in (gold, answer)]
         if bare != [gold, answer] and compare_formulas(*map(_as_latex, bare)) == "equal":
             return None, "a letter that may be a unit or a variable"
+        factors = [_SLASHED_FACTOR.sub(r"\\frac{\1}{\2}", text) for text in (gold, answer)]
+        if factors != [gold, answer] and compare_formulas(*map(_as_latex, factors)) == "equal":
+            return None, "what follows a slash may be a factor or a divisor"
         return False, "different formulas"
     return None, {"timeout": "time limit", "gold": "the gold answer is no formula", "answer": "no formula"}.get(
         outcome, "math-verify failed"
     )
+
+
+def _as_assignment(match: re.Match[str]) -> str:
+    """ "f(x) =" is "y =", "S(x) =" is "S ="."""
+    return ("y" if match[1] in "fgh" else match[1]) + " ="
 
 
 def _nesting(text: str) -> int:

@@ -14,7 +14,7 @@ _MARKER = re.compile(
     r"|\b(?:final|correct)?\s*\**answer\**\s*[:：]"
     r"|\b(?:answer|(?:correct|right) (?:option|choice))\s+(?:is|would be|should be|must be)\b\s*[:：]?"
     r"|\b(?:therefore|thus|hence|so),?\s+fill\s+in\b\s*[:：]?"
-    r"|答案\s*(?:[:：]|[是为選选])",
+    r"|答案\s*(?:[是为選选]\s*[:：]?|[:：])",
     re.IGNORECASE,
 )
 _FILL_IN = re.compile(r"\bfill\s+in\b\s*[:：]?(?=\s*\S)", re.IGNORECASE)

@@ -5,6 +5,7 @@ Answers as text, numbers and quantities: everything about an answer that needs n
 unit. Both are pure and cheap: they decide nearly all answers of a data set of plain numbers and choices.
 """
 
+import itertools
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -13,7 +14,11 @@ from functools import lru_cache
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUPERSCRIPT = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
+# An index is no digit of the number before it: "101₂".
+_SUBSCRIPT = re.compile(r"(?<=[\d)])[₀-₉]+")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _CIRCLED = re.compile(r"[①-⑳]")
+_THIN_THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\\[,!]|[\u2009\u202f])\d{3})+(?!\d)")
 _DEGREE_SIGNS = re.compile(r"[º˚]")
 _VULGAR = re.compile(r"(\d?)\s*([¼½¾⅐-⅞])")
 _WRAPPER = re.compile(
@@ -35,9 +40,10 @@ _REPLACEMENTS = (
     (re.compile(r"[×✕]|\\times(?![a-zA-Z])"), "×"),
     (re.compile(r"[·⋅]|\\cdot(?![a-zA-Z])"), "·"),
     (re.compile(r"÷|\\div(?![a-zA-Z])"), "/"),
-    (re.compile(r"π|\\pi(?![a-zA-Z])"), r"\\pi "),
-    (re.compile(r"≤|\\leq?(?![a-zA-Z])"), r"\\le "),
-    (re.compile(r"≥|\\geq?(?![a-zA-Z])"), r"\\ge "),
+    (re.compile(r"π|(?<![\\a-zA-Z])pi(?![a-zA-Z])|\\pi(?![a-zA-Z])"), r"\\pi "),
+    (re.compile(r"[≤⩽]|<=|\\le(?:q|qslant)?(?![a-zA-Z])"), r"\\le "),
+    (re.compile(r"[≥⩾]|>=|\\ge(?:q|qslant)?(?![a-zA-Z])"), r"\\ge "),
+    (re.compile(r"≠|!=|\\neq?(?![a-zA-Z])"), r"\\ne "),
     (re.compile(r"、"), ","),
     (re.compile(r"。"), "."),
     (re.compile(r"[‘’′]"), "'"),
@@ -80,6 +86,10 @@ _UNITS: dict[str, tuple[str, Fraction]] = {
     for kind, sizes in {
         "length": {
             "1/1000": "mm millimeter millimeters millimetre millimetres",
+            "127/5000": "in inch inches",
+            "381/1250": "ft foot feet",
+            "1143/1250": "yd yard yards",
+            "201168/125": "mile miles",
             "1/100": "cm centimeter centimeters centimetre centimetres",
             "1/10": "dm decimeter decimeters decimetre decimetres",
             "1": "m meter meters metre metres",
@@ -97,8 +107,9 @@ _UNITS: dict[str, tuple[str, Fraction]] = {
             "60": "min mins minute minutes",
             "3600": "h hr hrs hour hours",
             "86400": "day days",
+            "604800": "week weeks",
         },
-        "angle": {"1": "°"},
+        "angle": {"1/60": "'", "1": "°"},
         "share": {"1/100": "% percent"},
     }.items()
     for size, names in sizes.items()
@@ -117,9 +128,13 @@ _SCIENTIFIC = re.compile(
 )
 _PLAIN = re.compile(rf"{_SIGN}{_DECIMAL}")
 _UNIT = re.compile(
-    r"%|°|(?:square|cubic|sq\.?|cu\.?)?\s*[a-zA-Z\u4e00-\u9fff]+(?:\s*/\s*[a-zA-Z]+)?\s*(?:\^\s*\{?\s*[23]\s*\}?)?(?:\s+[a-zA-Z]+){0,2}"
+    r"%|°(?:\s*(?:C(?:elsius)?|F(?:ahrenheit)?))?|(?:square|cubic|sq\.?|cu\.?)?\s*[a-zA-Z\u4e00-\u9fff]+(?:\s*/\s*[a-zA-Z]+)?\s*(?:\^\s*\{?\s*[23]\s*\}?)?(?:\s+[a-zA-Z]+){0,2}"
 )
 
+_SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+# Words after a number that make something else of it than a quantity: "5 or more", "5 to 7".
+_NO_UNITS = {"or", "to", "than", "not", "but", "out", "and", "plus", "minus"}
+_TERM_OF_COMPOUND = re.compile(rf"\s*(?:,|and\b)?\s*({_DECIMAL})\s*([a-zA-Z]+|°|')")
 
 _UNIT_AT_END = re.compile(r"(.*[\d)}\s])((?:[a-zA-Z]+|°)(?:\s*\^\s*\{?\s*[23]\s*\}?)?)", re.DOTALL)
 
@@ -138,12 +153,15 @@ class Quantity:
             Number of digits after the point, 0 for anything but a decimal number.
         may_be_term (`bool`, *optional*, defaults to `False`):
             Whether the unit may as well be a variable, as in "5m".
+        scale (`int`, *optional*, defaults to `1`):
+            What the number was multiplied by: 1,000,000 in "2 million", whose value is 2,000,000.
     """
 
     value: Fraction
     unit: str
     decimals: int = 0
     may_be_term: bool = False
+    scale: int = 1
 
 
 @lru_cache(maxsize=65536)
@@ -152,8 +170,10 @@ def normalize(text: str) -> str:
     Writes an answer in one way: without dollars, sizes of brackets and spaces of LaTeX, `\\dfrac`, full-width
     characters, thousands separators and a final full stop. Spaces are collapsed, not removed.
     """
+    text = _THIN_THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     text = " ".join(text.split())
     text = _SUPERSCRIPT.sub(lambda match: "^{" + match[0].translate(_SUPERSCRIPTS) + "}", text)
+    text = _SUBSCRIPT.sub(lambda match: "_{" + match[0].translate(_SUBSCRIPTS) + "}", text)
     text = _CIRCLED.sub(lambda match: f"({int(unicodedata.numeric(match[0]))})", text)
     text = _VULGAR.sub(_vulgar_fraction, text)
     text = unicodedata.normalize("NFKC", _DEGREE_SIGNS.sub("°", text))  # NFKC makes a letter of "º"
@@ -210,7 +230,8 @@ def is_cut_off(text: str, whole: str) -> bool:
 @lru_cache(maxsize=65536)
 def parse_quantity(text: str) -> Quantity | None:
     """
-    Reads a plain number with its unit: integer, decimal, fraction, mixed number, scientific notation, percentage.
+    Reads a plain number with its unit: integer, decimal, fraction, mixed number, scientific notation, percentage, and
+    sums like "1 h 30 min".
 
     Args:
         text (`str`):
@@ -225,26 +246,55 @@ def parse_quantity(text: str) -> Quantity | None:
         return Quantity(Fraction(word), "")
     if len(text) > 100:
         return None
+    compound = _compound(text)
+    if compound is not None:
+        return compound
     for pattern, value_of in ((_FRACTION, _fraction), (_SLASH, _slash), (_SCIENTIFIC, _scientific), (_PLAIN, _plain)):
         match = pattern.match(text)
         if match is None:
             continue
         unit = text[match.end() :].strip()
+        if unit.startswith("(") and unit.endswith(")") and text[match.end()].isspace():
+            unit = unit[1:-1]  # "20 (cm)"
         letters = re.match(r"[a-zA-Z]+", unit)
         single_letter = letters is not None and len(letters[0]) == 1
         if unit and (_UNIT.fullmatch(unit) is None or (single_letter and unit[0].casefold() not in _UNITS)):
             continue  # "21p" and "5 x" are terms of algebra
+        words = unit.casefold().split()
+        if not _NO_UNITS.isdisjoint(words):
+            continue
+        scale = _SCALES.get(words[0], 1) if words else 1
+        if scale != 1:
+            unit = unit[len(words[0]) :].strip()
         value = value_of(match)
         if value is None:
             return None
         decimals = match[0].partition(".")[2] if pattern is _PLAIN else ""
-        stands_apart = text[match.end() :].startswith(" ")
-        return Quantity(value, _unit_name(unit), len(decimals), single_letter and not stands_apart)
+        stands_apart = " " in text[match.end() - 1 : match.end() + 1]
+        return Quantity(value * scale, _unit_name(unit), len(decimals), single_letter and not stands_apart, scale)
     return None
+
+
+def _compound(text: str) -> Quantity | None:
+    """ "1 h 30 min", "5 feet and 3 inches": terms of one kind, from the large unit to the small one."""
+    terms, end = [], 0
+    while (match := _TERM_OF_COMPOUND.match(text, end)) is not None:
+        terms.append((Fraction(match[1].rstrip(".")), _UNITS.get(match[2].casefold())))
+        end = match.end()
+    kinds = [unit for _, unit in terms if unit is not None]
+    if end < len(text) or len(terms) < 2 or len(kinds) < len(terms) or len({kind for kind, _ in kinds}) > 1:
+        return None
+    sizes = [size for _, size in kinds]
+    if any(size <= smaller for size, smaller in itertools.pairwise(sizes)):
+        return None
+    total = sum((value * size for (value, _), size in zip(terms, sizes, strict=True)), Fraction(0))
+    smallest = next(name for name, known in _UNITS.items() if known == kinds[-1])
+    return Quantity(total / sizes[-1], smallest)
 
 
 def _unit_name(unit: str) -> str:
     unit = re.sub(r"\b(?:square|sq\.?)\s*units?\b|\b(?:cubic|cu\.?)\s*units?\b|\bunits?\b", "", unit)
+    unit = re.sub(r"(?<=[CF])(?:elsius|ahrenheit)", "", unit)
     squared = re.match(r"(square|sq\.?|cubic|cu\.?)\s*(\w+)\Z", unit)
     if squared:
         unit = f"{squared[2]}^{2 if squared[1].startswith('s') else 3}"
@@ -282,8 +332,11 @@ def _plain(match: re.Match[str]) -> Fraction:
 def equal_quantities(gold: Quantity, answer: Quantity) -> bool | None:
     """
     Compares two quantities. A unit that only one of them has is taken as understood (the problem names it), except that
-    "5%" is not known to be the same as a gold "5". `None` if units differ in a way that cannot be told.
+    "5%" is not known to be the same as a gold "5", nor "2 million" as a gold "2". `None` if units differ in a way that
+    cannot be told.
     """
+    if gold.scale != answer.scale and gold.value * answer.scale == answer.value * gold.scale:
+        return None
     gold_kind, gold_size = _kind(gold.unit)
     kind, size = _kind(answer.unit)
     if gold_kind == kind:

@@ -24,6 +24,8 @@ _LETTERS = re.compile(r"(?:[(\[]?[A-Z][)\]]?(?:\s*[,;&/]\s*(?:and|or)?\s*|\s+(?:
 _LETTER_AND_TEXT = re.compile(
     r"(?:(?:option|choice)\s+)?(?:[(\[]([A-Z])[)\]][.:]?|([A-Z])\s*[.:)])\s*(\S.*)", re.DOTALL
 )
+# What is a letter and its text only if the text says so, too: "B, 20 m", "B - 20 m", "B 20 m".
+_LETTER_BESIDE_TEXT = re.compile(r"(?:(?:option|choice)\s+)?([A-Z])(?:\s*,\s*|\s+-\s+|\s+)(\S.*)", re.DOTALL)
 
 
 class _Interrupted(Exception):
@@ -216,6 +218,12 @@ class RulesJudge:
                     compact(choice) == compact(both[3]) for other, choice in enumerate(choices) if other != index
                 )
                 return (None, "letter and text name two choices") if elsewhere and not named else (index, "")
+        beside = _LETTER_BESIDE_TEXT.fullmatch(normalize(text))
+        index = ord(beside[1]) - ord("A") if beside is not None else len(choices)
+        if beside is not None and index < len(choices):
+            named, _ = equal_answers(choices[index], beside[2], compare_formulas)
+            if named:
+                return index, ""
         by_number = _named_by_number(text, choices)
         if by_number is not None:
             return by_number, ""

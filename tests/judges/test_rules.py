@@ -51,6 +51,8 @@ class TestExtraction:
             ("The answer is\n12\n6", "12\n6"),
             ("Adding both gives 3 + 4 = 7.", "7"),
             ("So the angle is $120^{\\circ}$.", "120^{\\circ}"),
+            ("故答案为：12", "12"),
+            ("答案：B", "B"),
             ("12", "12"),
             ("", ""),
         ],
@@ -120,6 +122,31 @@ class TestEquality:
             (r"±\sqrt{2}", r"\sqrt2, -\sqrt{2}"),
             ("∠B'=∠C=60°. Therefore, fill in 60.", "60"),
             ("the color is red", "The colour is red."),
+            ("12000", r"12\,000"),
+            ("12000", "12\u202f000"),
+            ("2000000", "2 million"),
+            ("2 hours", "120 minutes"),
+            ("90 min", "1 hour 30 minutes"),
+            ("2 feet", "24 inches"),
+            ("45°30'", "45.5°"),
+            ("20", "20 (cm)"),
+            ("30°C", "30"),
+            ("30°C", "30 degrees Celsius"),
+            (r"3 \times 10^8 m/s", "3×10^8"),
+            ("20:1", "20 to 1"),
+            ("3:45 pm", "3:45 PM"),
+            (r"x\geq 2", "x>=2"),
+            (r"x\geq 2", r"x \geqslant 2"),
+            (r"\sin x", "sin(x)"),
+            (r"\sqrt{3}", "sqrt3"),
+            (r"\frac{\pi}{3}", "pi/3"),
+            (r"\frac{1}{2}", r"\sin 30°"),
+            (r"\log_2 8", "3"),
+            ("y=2x+1", "f(x)=2x+1"),
+            ("x=1, y=2", "y=2, x=1"),
+            ("1, 2", r"\{1, 2\}"),
+            ("x=1 or x=2", r"\{2, 1\}"),
+            ("[1,2)", r"\left[1, 2\right)"),
         ],
     )
     def test_right(self, judge, gold, answer):
@@ -166,6 +193,15 @@ class TestEquality:
             ("(-2, 3)\n(0, 2)", "2"),
             ("1.3.5.6.", "17.3.5.6."),
             ("2.84", r"2\sqrt{2} \approx 2.83"),
+            ("2", "3 million"),
+            ("3:45 PM", "3:45 AM"),
+            ("90 min", "1 hour 20 minutes"),
+            ("x=1, y=2", "y=1, x=2"),
+            ("1, 2", r"\{1, 3\}"),
+            ("[1,2)", "[1,2]"),
+            (r"\sin x", "cos(x)"),
+            (r"\frac{1}{3}", r"\sin 30°"),
+            ("-5°C", "5°C"),
         ],
     )
     def test_wrong(self, judge, gold, answer):
@@ -186,6 +222,20 @@ class TestEquality:
             ("(1)(3)", "(3)(1)"),
             ("", "12"),
             ("1", "Subject A"),
+            ("2", "2 million"),
+            ("2 million", "2"),
+            ("2 million", "2 billion"),
+            ("20", "20 or more"),
+            ("20", "20 out of 30"),
+            ("BACD", "ABCD"),
+            ("∠ABC", "∠ACB"),
+            ("2", "2₃"),
+            ("3:45", "3:45 PM"),
+            ("(3, 4)", "3, 4"),
+            ("0.5", "0,5"),
+            ("1200", "1 200"),
+            (r"\frac{\pi}{3}", r"1/3\pi"),
+            ("[1,2)", r"1 \le x < 2"),
             ("5", "there are 5 red and 7 blue ones"),
         ],
     )
@@ -230,6 +280,9 @@ class TestChoices:
             ("\\text{B}", "right"),
             ("B. 20 m", "right"),
             ("(B) 20 m", "right"),
+            ("B, 20 m", "right"),
+            ("B - 20 m", "right"),
+            ("B 20 m", "right"),
             ("20", "right"),
             ("$20$ m", "right"),
             ("A", "wrong"),
@@ -398,16 +451,16 @@ class TestSpeed:
     def test_a_plain_answer_needs_no_process_and_little_time(self):
         judge = RulesJudge()
         rows = [(problem(str(number % 89)), ["A step.", f"The answer is {number}."]) for number in range(1000)]
-        start = time.perf_counter()
+        start = time.process_time()
         for row in rows:
             judge.judge(*row)
-        uncached = (time.perf_counter() - start) / len(rows)
-        start = time.perf_counter()
+        uncached = (time.process_time() - start) / len(rows)
+        start = time.process_time()
         for row in rows:
             judge.judge(*row)
-        cached = (time.perf_counter() - start) / len(rows)
+        cached = (time.process_time() - start) / len(rows)
         assert judge._mathematics._process is None
-        # 200 and 20 microseconds are the aim; shared machines get five times as much.
+        # Of the processor, whatever else runs: 200 and 20 microseconds are the aim; slow machines get five times as much.
         assert uncached < 1e-3
         assert cached < 1e-4
 
