@@ -17,7 +17,7 @@ from mm_prm.inference import AGGREGATORS, Scorer
 from mm_prm.judges import RulesJudge
 from mm_prm.rl import OutcomeReward, ProcessReward, add_prompts
 
-NUM_PROBLEMS = 6
+NUM_PROBLEMS = 5
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +59,16 @@ def _rewards_of(reward, batch: dict, **changes) -> list:
     return reward(**(batch | changes))
 
 
-@pytest.mark.parametrize("aggregator", AGGREGATORS)
-def test_process_reward_is_the_aggregated_score_of_the_scorer(scorer, batch, aggregator):
-    rewards = _rewards_of(ProcessReward(scorer, aggregator), batch)
-    for row, completion in enumerate(batch["completions"]):
-        problem = {name: batch[name][row] for name in ("id", "question", "images", "choices")}
-        [[steps]] = scorer.score([problem], [[completion[0]["content"].split("\n\n")]])
-        assert rewards[row] == pytest.approx(AGGREGATORS[aggregator](steps), rel=1e-3, abs=1e-5)
+def test_process_reward_is_the_aggregated_score_of_the_scorer(scorer, batch):
+    names = ("id", "question", "images", "choices")
+    problems = [{name: batch[name][row] for name in names} for row in range(0, 4, 2)]
+    solutions = [completion[0]["content"].split("\n\n") for completion in batch["completions"][:4]]
+    scores = [steps for group in scorer.score(problems, [solutions[:2], solutions[2:]]) for steps in group]
+    first = {name: batch[name][:4] for name in ("prompts", "completions", *names)}
+    for name, aggregate in AGGREGATORS.items():
+        assert ProcessReward(scorer, name)(**first) == [aggregate(steps) for steps in scores]
+    alone = [min(scorer.score([problems[row // 2]], [[solutions[row]]])[0][0]) for row in range(4)]
+    assert ProcessReward(scorer)(**first) == pytest.approx(alone, abs=1e-5)
 
 
 def test_right_solutions_are_above_wrong_ones(scorer, batch):
