@@ -192,8 +192,11 @@ def run_turn(args: argparse.Namespace, engine: Any, judge: Judge, turn: int) -> 
             raise AssertionError(f"{name}: the two ways grew different trees")
 
     def did(rows: dict[str, dict]) -> dict[str, float]:
+        labels = sum(num_labels(row["nodes"]) for row in rows.values())
+        if not labels:
+            raise SystemExit(f"{len(rows)} problems gave no label: take more of them")
         return {
-            "labels": sum(num_labels(row["nodes"]) for row in rows.values()),
+            "labels": labels,
             "rollouts": sum(len(row["rollouts"]) for row in rows.values()),
             "tokens": sum(
                 rollout.num_tokens

@@ -14,6 +14,11 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
     "name, arguments, variants",
     [
         (
+            "annotation",
+            "--engine transformers --num_problems 3 --num_rollouts 4 --rollout_budget 16 --max_new_tokens 48",
+            [["one tree at a time", "annotate", "engine alone"]],
+        ),
+        (
             "forward",
             "--dtype float32 --num_layers 2 --hidden_size 32 --num_heads 2 --vocab_size 1000 --sequence_length 64",
             [["all logits, float32", "all logits", "logits_to_keep", "process reward model"]] * 2,
