@@ -260,7 +260,7 @@ def _packer(model: Any, processor: Any, max_tokens: int) -> TreePacker | None:
     try:
         return TreePacker(model, processor, max_tokens)
     except ValueError as error:
-        logger.info("%s; candidates continue from a cached prefix", error)
+        logger.warning("%s; candidates continue from a cached prefix", error)
         return None
 
 

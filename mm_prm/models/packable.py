@@ -36,7 +36,7 @@ def packing_obstacle(model: PreTrainedModel) -> str | None:
     if (
         reads_images
         and model.config.model_type not in _PLAIN_IMAGE_READERS
-        and PositionPrecomputer.for_model(model) is None
+        and not PositionPrecomputer.can_have(model)
     ):
         return f"{name} are not known to read the images of packed rows as they read those of single rows"
     takes_positions = "position_ids" in inspect.signature(model.get_decoder().forward).parameters

@@ -45,7 +45,7 @@ class TreePacker:
     ):
         obstacle = packing_obstacle(model)
         if obstacle is not None:
-            raise ValueError(f"{obstacle}; set packing to 'none'")
+            raise ValueError(obstacle)
         text = model.config.get_text_config()
         self.by_borders = is_flash_attention_requested(text)
         if self.by_borders and share_prefixes:

@@ -40,14 +40,31 @@ class PositionPrecomputer:
             model (`torch.nn.Module`):
                 Any model, also with adapters.
         """
+        core = cls._core(model)
+        if core is None:
+            return None
+        config = copy.deepcopy(core.config)
+        config._attn_implementation = "eager"  # nothing attends here, so no kernel has to be found
+        # Under ZeRO-3 transformers would scatter even weights that do not exist
+        with set_zero3_state(), torch.device("meta"):
+            return cls(type(core)(config))
+
+    @classmethod
+    def can_have(cls, model: torch.nn.Module) -> bool:
+        """
+        Whether there is a precomputer for a model.
+
+        Args:
+            model (`torch.nn.Module`):
+                Any model, also with adapters.
+        """
+        return cls._core(model) is not None
+
+    @staticmethod
+    def _core(model: torch.nn.Module) -> PreTrainedModel | None:
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and module.config.model_type in _MODEL_TYPES:
-                core = cast(PreTrainedModel, module.base_model)
-                config = copy.deepcopy(core.config)
-                config._attn_implementation = "eager"  # nothing attends here, so no kernel has to be found
-                # Under ZeRO-3 transformers would scatter even weights that do not exist
-                with set_zero3_state(), torch.device("meta"):
-                    return cls(type(core)(config))
+                return cast(PreTrainedModel, module.base_model)
         return None
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,20 +6,15 @@
 import functools
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import datasets
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForTokenClassification,
     AutoTokenizer,
     DataCollator,
     PreTrainedModel,
@@ -27,45 +22,29 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
 from ..hub import model_card
-from ..models import (
-    AutoModelForProcessReward,
-    PositionPrecomputer,
-    ProcessRewardMixin,
-    ProcessRewardProcessor,
-    TreePacker,
-    create_process_reward_model,
-    is_process_reward_config,
-)
+from ..models import ProcessRewardMixin, ProcessRewardProcessor, is_process_reward_config
 from .adapters import add_adapter
+from .batches import Rows, process_reward_batches, settle_packing, token_classification_batches
 from .checkpoints import load_weights
-from .collator import ROW_KEYS, DataCollatorForProcessReward
+from .collator import ROW_KEYS
 from .freezing import freeze_parts
+from .loading import load_model, name_or_path
 from .metrics import step_metrics
 from .prm_config import PRMConfig
-from .rows import RowView, prepare_rows
+from .rows import RowView
 from .sampler import SortedStepSampler, TreeSampler
-from .saved_base import save_base_model
 from .throughput import Throughput
-from .token_classification import (
-    DataCollatorForTokenLabels,
-    compute_accuracy,
-    prepare_tokenized_rows,
-    token_label_loss,
-    tokenize_row,
-)
+from .token_classification import compute_accuracy, token_label_loss, tokenize_row
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 __all__ = ["PRMTrainer", "compute_accuracy", "compute_step_metrics"]
-
-Rows: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
 
 # What a reader of the model card wants to know of a training
 _CARD_SETTINGS = (
@@ -90,9 +69,6 @@ _CARD_SETTINGS = (
     "freeze_language_model",
     "seed",
 )
-
-# Arguments of `from_pretrained` that a model is loaded without before it is saved again
-_PLACING = ("quantization_config", "device_map", "max_memory")
 
 
 class PRMTrainer(_BaseTrainer):
@@ -177,7 +153,7 @@ class PRMTrainer(_BaseTrainer):
         if (model is None) == (model_init is None):
             raise ValueError("give either a model or a model_init")
         if args is None:
-            args = PRMConfig("PRM" if model is None else f"{Path(_name_or_path(model)).name}-PRM")
+            args = PRMConfig("PRM" if model is None else f"{Path(name_or_path(model)).name}-PRM")
 
         def prepare_model(model: Any) -> Any:
             if peft_config is not None:
@@ -185,12 +161,14 @@ class PRMTrainer(_BaseTrainer):
             if args.disable_dropout:
                 disable_dropout_in_model(model)
             freeze_parts(model, args)
+            if is_process_reward_config(model.config):
+                settle_packing(model, args)
             return model
 
         # The rows of new tokens are drawn when the model is loaded
         set_seed(args.seed)
         if isinstance(model, str):
-            model, loaded_processor = _load(model, args, needs_saved_base=peft_config is not None)
+            model, loaded_processor = load_model(model, args, needs_saved_base=peft_config is not None)
             processing_class = processing_class or loaded_processor
         if model_init is not None:
             make_model, takes_trial = model_init, bool(inspect.signature(model_init).parameters)
@@ -210,12 +188,16 @@ class PRMTrainer(_BaseTrainer):
             )
         if processing_class is None:
             processor_class = AutoTokenizer if self.is_token_classification else ProcessRewardProcessor
-            processing_class = processor_class.from_pretrained(_name_or_path(model))
+            processing_class = processor_class.from_pretrained(name_or_path(model))
         if model_init is None:
             model = prepare_model(model)
+        elif not self.is_token_classification:
+            settle_packing(cast(PreTrainedModel, model), args)
 
-        setting_up = _token_classification if self.is_token_classification else _process_reward
-        prepare, training_collator, self.eval_collator = setting_up(cast(PreTrainedModel, model), processing_class, args)
+        setting_up = token_classification_batches if self.is_token_classification else process_reward_batches
+        prepare, training_collator, self.eval_collator = setting_up(
+            cast(PreTrainedModel, model), processing_class, args
+        )
         if data_collator is None:
             data_collator = training_collator
         elif args.packing != "none":
@@ -491,97 +473,8 @@ def compute_step_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return step_metrics(scores[labelled], labels[labelled], problems[labelled], rows[labelled])
 
 
-def _process_reward(
-    model: PreTrainedModel, processor: Any, args: PRMConfig
-) -> tuple[Callable[[Rows, bool], RowView], DataCollator, DataCollator]:
-    """How rows of a process reward model are prepared and become batches in training and in evaluation."""
-    defaults = PRMConfig.__dataclass_fields__
-    for name in ("step_separator", "max_completion_length"):
-        if getattr(args, name) != defaults[name].default:
-            raise ValueError(
-                f"{name} = {getattr(args, name)!r}: only for token classification models; the template of a process reward "
-                "model writes what follows a step, and max_length cuts whole steps"
-            )
-    max_length = args.longest_sequence(token_classification=False)
-
-    def prepare(rows: Rows, is_eval: bool) -> RowView:
-        return prepare_rows(
-            rows,
-            processor,
-            max_length=max_length,
-            needs_num_judged=args.needs_num_judged,
-            skip_bad_rows=args.on_bad_row == "skip",
-        )
-
-    # Evaluation wants the scores of each row, so it does not pack
-    evaluation = DataCollatorForProcessReward(
-        processor,
-        max_length,
-        args.label_mode,
-        args.hard_threshold,
-        args.label_weighting,
-        positions=PositionPrecomputer.for_model(model),
-    )
-    packer = None
-    if args.packing != "none":
-        packer = TreePacker(model, processor, args.max_tokens, share_prefixes=args.packing == "tree")
-    training = replace(evaluation, last_step_only=args.train_on_last_step_only, packer=packer)
-    return prepare, training, evaluation
-
-
-def _token_classification(
-    model: PreTrainedModel, tokenizer: Any, args: PRMConfig
-) -> tuple[Callable[[Rows, bool], datasets.Dataset], DataCollator, DataCollator]:
-    """The same for a token classification model."""
-    for name in ("packing", "label_mode", "label_weighting", "on_bad_row"):
-        default = PRMConfig.__dataclass_fields__[name].default
-        if getattr(args, name) != default:
-            raise ValueError(
-                f"{name} = {getattr(args, name)!r}: not for token classification models; make the model a process reward "
-                "model with mm_prm.models.create_process_reward_model"
-            )
-    max_length = args.longest_sequence(token_classification=True)
-
-    def prepare(rows: Rows, is_eval: bool) -> datasets.Dataset:
-        return prepare_tokenized_rows(rows, tokenizer, args, max_length=max_length, is_eval=is_eval)
-
-    collator = DataCollatorForTokenLabels(tokenizer)
-    return prepare, collator, collator
-
-
 def _label_weight(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     labelled = batch["labels"] >= 0  # neither NaN nor -100
     if "label_weights" in batch:
         return batch["label_weights"][labelled].sum()
     return labelled.sum().float()
-
-
-def _name_or_path(model: str | PreTrainedModel | nn.Module) -> str:
-    return model if isinstance(model, str) else str(cast(PreTrainedModel, model).config.name_or_path)
-
-
-def _load(path: str, args: PRMConfig, *, needs_saved_base: bool) -> tuple[PreTrainedModel, Any]:
-    """Loads a model and its processor; makes a policy a process reward model."""
-    init_kwargs = dict(cast(dict[str, Any] | None, args.model_init_kwargs) or {})
-    init_kwargs.setdefault("dtype", "float32")
-    config_kwargs = {key: init_kwargs[key] for key in ("revision", "trust_remote_code") if key in init_kwargs}
-    config = AutoConfig.from_pretrained(path, **config_kwargs)
-    if is_process_reward_config(config):
-        model = AutoModelForProcessReward.from_pretrained(path, **init_kwargs)
-        return model, ProcessRewardProcessor.from_pretrained(path, **config_kwargs)
-    if (config.architectures or [""])[0].endswith("ForTokenClassification"):
-        classifier = AutoModelForTokenClassification.from_pretrained(path, **init_kwargs)
-        return classifier, AutoTokenizer.from_pretrained(path, **config_kwargs)
-    if is_deepspeed_zero3_enabled():
-        raise ValueError(
-            f"{path!r} is a policy, and ZeRO-3 scatters its weights before rows for new tokens can be drawn; save the model and "
-            "the processor that mm_prm.models.create_process_reward_model gives, and train from that folder"
-        )
-    if not needs_saved_base:
-        return create_process_reward_model(path, seed=args.seed, **init_kwargs)
-    base = Path(str(args.output_dir)) / "base_model"
-    with PartialState().main_process_first():
-        whole = {key: value for key, value in init_kwargs.items() if key not in _PLACING}
-        save_base_model(path, base, seed=args.seed, **whole)
-    init_kwargs = {key: value for key, value in init_kwargs.items() if key not in config_kwargs}
-    return AutoModelForProcessReward.from_pretrained(base, **init_kwargs), ProcessRewardProcessor.from_pretrained(base)

@@ -302,7 +302,7 @@ def _changed(name, **settings):
 def test_architectures_that_cannot_are_named(tiny_prm_path, config, reason):
     model = AutoModelForProcessReward.from_config(config)
     assert re.match(reason, packing_obstacle(model))
-    with pytest.raises(ValueError, match=reason + ".*set packing to 'none'"):
+    with pytest.raises(ValueError, match=reason):
         TreePacker(model, ProcessRewardProcessor.from_pretrained(tiny_prm_path))
 
 
