@@ -1,7 +1,7 @@
 """What `mm-prm annotate` shows and costs; `--shard` and `mm-prm journal merge`: a job array makes the trees of one run."""
 
 import json
-from importlib.util import find_spec
+import sys
 from pathlib import Path
 
 import datasets
@@ -68,8 +68,8 @@ def test_of_two_rows_the_complete_one_stands(tmp_path):
             assert list(journal) == [rows["complete"]]
 
 
-@pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is installed")
-def test_without_ray_the_way_out_is_named(capsys):
+def test_without_ray_the_way_out_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
     assert annotate("--output", "trees", "--executor", "ray") == 2
     assert "Ray cannot be imported" in (message := capsys.readouterr().err) and "mm-prm[ray]" in message
 

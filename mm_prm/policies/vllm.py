@@ -199,8 +199,10 @@ class _Engine:
 
     def stop(self) -> None:
         self._orders.put(None)
-        self._thread.join(timeout=30.0)
+        # Whoever interrupts a run does not wait for an engine that takes its time: what is left of it is killed.
+        self._thread.join(timeout=3.0)
         self._guard.stop()
+        self._thread.join(timeout=1.0)
 
 
 def _run(engine: Any, orders: "queue.SimpleQueue[_Order | None]", dead: threading.Event) -> None:
