@@ -75,7 +75,7 @@ class AutoModelForProcessReward:
         """
         path = os.fspath(pretrained_model_name_or_path)
         hub_arguments = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-        base = _adapter_base(path, hub_arguments)
+        base = adapter_base(path, hub_arguments)
         if config is None:
             config = _load_config(path, base, hub_arguments)
         stock = stock_class(config)
@@ -139,7 +139,7 @@ def set_process_reward_config(config: PreTrainedConfig, processor: Any) -> None:
     config.label2id = {"wrong": 0, "right": 1}
 
 
-def _adapter_base(path: str, hub_arguments: dict[str, Any]) -> str | None:
+def adapter_base(path: str, hub_arguments: dict[str, Any]) -> str | None:
     """Path of the base model of an adapter, `None` if the path is not one of an adapter without its base model."""
     if Path(path, "config.json").exists():
         return None

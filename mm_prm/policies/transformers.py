@@ -18,6 +18,7 @@ from transformers import (
 
 from mm_prm.annotation.protocols import Generation, Problem, Rollout, RolloutRequest, RolloutStatus
 from mm_prm.models import batch_vision_attention
+from mm_prm.models.auto import adapter_base
 
 from .decoding import Completion, Sampling, Stop, decode
 from .prompts import Prompt, PromptBuilder
@@ -104,7 +105,7 @@ class TransformersPolicy:
 
         Args:
             path (`str`):
-                Folder or Hub repository.
+                Folder or Hub repository, of a model or of a PEFT adapter, which is put on the model that it names.
             dtype (`str` or `torch.dtype`, *optional*):
                 Type of the weights. By default that of the checkpoint on a GPU, and float32 on a CPU, where many
                 processors have no bfloat16 arithmetic and compute it several times slower.
@@ -113,7 +114,8 @@ class TransformersPolicy:
             settings:
                 Further arguments of [`TransformersPolicy`].
         """
-        reads_images = type(AutoConfig.from_pretrained(path)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        base = adapter_base(path, {}) or path
+        reads_images = type(AutoConfig.from_pretrained(base)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         model_class = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model: Any = model_class.from_pretrained(

@@ -174,7 +174,10 @@ def _steps(row: Mapping[str, Any]) -> list[str]:
 
 def _as_dataset(rows: datasets.Dataset | Sequence[Mapping[str, Any]], usable: Sequence[int]) -> datasets.Dataset:
     if isinstance(rows, datasets.Dataset):
-        return rows.select_columns([column for column in rows.column_names if column in _FEATURES]).select(usable)
+        rows = rows.select_columns([column for column in rows.column_names if column in _FEATURES]).select(usable)
+        if "images" in rows.column_names and rows.features["images"] != _FEATURES["images"]:  # plain structs of a file
+            rows = rows.cast_column("images", _FEATURES["images"])
+        return rows
     chosen = [rows[index] for index in usable]
     columns = {
         "problem_id": [row.get("problem_id") for row in chosen],
