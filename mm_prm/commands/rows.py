@@ -52,6 +52,7 @@ def run(settings: RowsSettings, config: RowConfig) -> int:
     """Make the rows, write them and print the counts."""
     from mm_prm.commands.files import check_output, read_trees, write_json, write_rows, write_settings_beside
     from mm_prm.data import load_problems, trees_to_rows
+    from mm_prm.data.features import validate_row
 
     output = check_output(settings.output)
     problems = None
@@ -63,7 +64,13 @@ def run(settings: RowsSettings, config: RowConfig) -> int:
             )
             bad_ids = {entry["id"] for entry in skipped} - set(problems["id"])  # a duplicate's id is also a good one's
     with reading_input(settings.trees):
-        trees = [tree for tree in read_trees(settings.trees) if tree["problem_id"] not in bad_ids]
+        trees = list(read_trees(settings.trees))
+        if not trees:
+            raise ValueError("holds no trees")
+        if bad_ids:
+            for number, tree in enumerate(trees):
+                validate_row("tree", tree, number)
+            trees = [tree for tree in trees if tree["problem_id"] not in bad_ids]
         rows, counts = trees_to_rows(trees, config, problems)
     counts["bad_problems"] = len(bad_ids)
     write_settings_beside(output, (settings, config))

@@ -6,7 +6,7 @@ cannot say (a tree has one root, a step has one label, counts add up).
 """
 
 import json
-import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
@@ -110,6 +110,8 @@ _NULLABLE = {("stepwise", "labels"), ("stepwise", "num_right"), ("stepwise", "nu
 
 # Fields of structs that rows are complete without, because a later stage or version adds them: they may be missing, or null.
 _OPTIONAL_FIELDS = {"judge_score", "judge_cache_hits"}
+
+_LARGEST_FLOAT = sys.float_info.max
 
 # The column that names a row in messages.
 _NAME_COLUMN: dict[RowKind, str] = {
@@ -264,7 +266,7 @@ def _check_value(dtype: str, value: Any, place: str, fail: _Fail) -> None:
         bound = 2 ** (int(dtype.removeprefix("int")) - 1)
         if not isinstance(value, int) or not -bound <= value < bound:
             fail(place, value, f"must be a whole number that fits {dtype}")
-    elif not math.isfinite(value):
+    elif not -_LARGEST_FLOAT <= value <= _LARGEST_FLOAT:  # whole numbers have no limit in Python; NaN is in no range
         fail(place, value, "must be a finite number")
 
 

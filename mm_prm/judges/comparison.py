@@ -206,11 +206,11 @@ def _compare_structure(
     if len(gold_parts) == 1 and len(parts) == 1:
         return None
     if abs(len(gold_parts) - len(parts)) == 2 and (gold_parts[0] in _BRACKETS) != (parts[0] in _BRACKETS):
-        bare = [side[1:-1] if side[0] in _BRACKETS else side for side in (gold_parts, parts)]
-        if _compare_parts(*bare, compare_formulas)[0]:
+        bare_gold, bare = (side[1:-1] if side[0] in _BRACKETS else side for side in (gold_parts, parts))
+        if _compare_parts(bare_gold, bare, compare_formulas)[0]:
             is_set = "\\{" in (gold_parts[0], parts[0])
             return (True, "equal part by part") if is_set else (None, "brackets on one side only")
-        if _compare_alternatives(*bare, compare_formulas)[0]:
+        if _compare_alternatives(bare_gold, bare, compare_formulas)[0]:
             return None, "brackets on one side only, and another order"
     if len(gold_parts) != len(parts):
         one_number = _as_one_number(gold_text)

@@ -205,6 +205,20 @@ def test_trees_of_earlier_versions_load_as_they_did(tmp_path):
     assert validate_rows("tree", datasets.Dataset.from_parquet(str(tmp_path / "trees.parquet"), cache_dir=cache)) == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("stepwise", lambda: stepwise(labels=[10**400, None])),
+        ("stepwise", lambda: stepwise(labels=[float("nan"), None])),
+        ("pool", lambda: pool(step_scores=[[10**400, 0.5], [0.5]])),
+        ("tree", lambda: tree(cost={**tree()["cost"], "seconds": -(10**400)})),
+    ],
+)
+def test_numbers_that_no_float_holds_are_named(kind, row):
+    with pytest.raises(RowError, match="must be a finite number"):
+        validate_row(kind, row())
+
+
 def test_duplicates_name_both_rows():
     with pytest.raises(RowError, match="problem row 2: id = 'q1': already used by row 0"):
         validate_rows("problem", [problem(), problem(id="q2"), problem()])

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mm_prm.cli import main
 from mm_prm.data.features import PROBLEM_FEATURES, STEPWISE_FEATURES, RowError, validate_rows
 from mm_prm.data.rows import RowConfig, join_problems, trees_to_rows
 
@@ -412,3 +413,25 @@ def test_join_refuses_rows_made_from_another_question():
     problems = datasets.Dataset.from_list([problem()], features=PROBLEM_FEATURES)
     with pytest.raises(RowError, match=r"prompt = 'What was x.*question of problem 'q1' reads otherwise"):
         join_problems(rows, problems)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no trees"),
+        ('{"question": "q"}', "question = 'q': there is no such field"),
+        ("[1, 2]", "must be a mapping"),
+        ('{"problem_id": ["a"]}', "the field is missing"),
+    ],
+)
+@pytest.mark.parametrize("with_problems", [False, True])
+def test_the_command_names_what_is_no_tree_in_one_line(content, message, with_problems, tmp_path, capsys):
+    trees, problems, output = tmp_path / "trees.jsonl", tmp_path / "problems.json", tmp_path / "rows.parquet"
+    trees.write_text(content)
+    good = {"id": "a", "question": "How many?", "correct_answer": "5"}
+    problems.write_text(json.dumps([good, {**good, "id": "b", "correct_answer": ""}]))
+    options = ["--problems", str(problems), "--on_bad_row", "skip"] if with_problems else []
+    assert main(["rows", "--trees", str(trees), "--output", str(output), *options]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"mm-prm rows: {trees}: ") and message in error
+    assert not output.exists()
