@@ -75,7 +75,7 @@ def problems_of(prompts: Sequence[Any], columns: Mapping[str, Sequence[Any]]) ->
         {
             "id": columns["id"][row] if "id" in columns else f"row {row} of the batch",
             "question": columns["question"][row] if "question" in columns else _question(prompt, row),
-            "images": (columns["images"][row] or []) if "images" in columns else _images(prompt),
+            "images": (columns["images"][row] or []) if "images" in columns else _images(prompt, row),
             "choices": (columns["choices"][row] or []) if "choices" in columns else [],
         }
         for row, prompt in enumerate(prompts)
@@ -103,7 +103,12 @@ def _question(prompt: Any, row: int) -> str:
     )
 
 
-def _images(prompt: Any) -> list[Any]:
+def _images(prompt: Any, row: int) -> list[Any]:
     if isinstance(prompt, str):
         return []
-    return [part["image"] for message in prompt for part in _parts(message) if part["type"] == "image"]
+    images = [part.get("image") for message in prompt for part in _parts(message) if part["type"] == "image"]
+    if None in images:
+        raise ValueError(
+            f"row {row} of the batch: its prompt has a place for a picture and no picture: give the dataset a column `images`"
+        )
+    return images

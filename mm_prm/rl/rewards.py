@@ -54,8 +54,9 @@ class ProcessReward:
 
     >>> # each process of `accelerate launch` scores on its own GPU
     >>> reward = ProcessReward(Scorer.from_pretrained("path/to/prm", device=PartialState().device))
-    >>> reward(prompts=["What is 2 + 3?"], completions=["2 + 3 = 5\n\nThe answer is 5."])
-    [0.97]
+    >>> rewards = reward(prompts=["What is 2 + 3?"] * 2, completions=["2 + 3 = 5", "2 + 3 = 6"])
+    >>> rewards[0] > rewards[1]
+    True
     ```
     """
 

@@ -16,6 +16,7 @@ of 64 completions takes about 10 seconds. For a GPU (not run yet): `--completion
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def train(args: argparse.Namespace, model: Any, processor: Any, scorer: Scorer) 
             reward_weights=WEIGHTS[args.rewards],
             multi_objective_aggregation="normalize_then_sum",  # a reward of None counts for nothing
             num_generations=GROUP,
-            per_device_train_batch_size=args.completions // PartialState().num_processes,
+            per_device_train_batch_size=args.completions // int(os.environ.get("WORLD_SIZE", "1")),
             max_completion_length=MAX_TOKENS,
             mask_truncated_completions=True,
             temperature=1.0,

@@ -17,6 +17,8 @@ from mm_prm.inference import AGGREGATORS, Scorer
 from mm_prm.judges import RulesJudge
 from mm_prm.rl import OutcomeReward, ProcessReward, add_prompts
 
+from ..testing_utils import tiny_image
+
 NUM_PROBLEMS = 5
 
 
@@ -173,7 +175,10 @@ def test_unknown_is_no_reward():
             assert problem["choices"] == [] and problem["question"] == "<image>? < image>"
             return Verdict({"A.": "right", "B.": "wrong"}.get(solution[-1], "unknown"), "", "")
 
-    turn = {"role": "user", "content": [{"type": "image", "image": None}, {"type": "text", "text": "? <image>"}]}
+    turn = {
+        "role": "user",
+        "content": [{"type": "image", "image": tiny_image(1)}, {"type": "text", "text": "? <image>"}],
+    }
     reward = OutcomeReward(Unsure(), max_concurrency=2)
     completions = ["A.", "B.", "C.", "A.", ""]
     assert reward(prompts=[[turn]] * 5, completions=completions, answer=["4", "4", "4", None, "4"]) == [
@@ -215,6 +220,9 @@ def test_mistakes_are_named(scorer, batch):
     ]
     with pytest.raises(ValueError, match=r"turns user, assistant, user.*a column `question`"):
         ProcessReward(scorer)(prompts=[turns], completions=["A."])
+    unfilled = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+    with pytest.raises(ValueError, match=r"row 0 of the batch: .* no picture: give the dataset a column `images`"):
+        ProcessReward(scorer)(prompts=[unfilled], completions=["A."])
     tool_call = [{"role": "assistant", "content": ""}, {"role": "tool", "content": "4"}]
     with pytest.raises(ValueError, match=r"2 messages \(assistant, tool\)"):
         ProcessReward(scorer)(prompts=["?"], completions=[tool_call])
