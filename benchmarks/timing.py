@@ -29,7 +29,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help=f"where to compute (default: {device})")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads on the CPU")
-    parser.add_argument("--repeats", type=int, default=5, help="turns, after one for warming up (default: 5)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns that are timed (default: 5)")
+    parser.add_argument("--warmups", type=int, default=1, help="turns before them (default: 1)")
     parser.add_argument("--output_json", type=Path, help="file to write the table to as JSON")
     return parser
 
@@ -54,13 +55,13 @@ def compare(
     """
     torch.set_num_threads(args.threads)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(args.repeats + 1):
+    for turn in range(args.warmups + args.repeats):
         for name, run in variants.items():
             start = time.perf_counter()
             run()
             if args.device.startswith("cuda"):
                 torch.cuda.synchronize()
-            if turn:
+            if turn >= args.warmups:
                 seconds[name].append(time.perf_counter() - start)
     baseline = next(iter(variants))
     rows = {}

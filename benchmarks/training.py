@@ -1,229 +1,249 @@
 """
-    python benchmarks/training.py --num_trees 2
+    python benchmarks/training.py
+    python benchmarks/training.py --workloads trees --num_trees 4 --repeats 3
 
-Forward and backward pass of a training step, gradient checkpointing on and vision tower frozen, on trees whose rows share
-an image, a question and the first steps in pairs: rows padded, with logits of the whole vocabulary, as MM-PRM trains; rows
-padded; and tree-packed. A stock Qwen2.5-VL with random weights in bfloat16; batches are formed beforehand, as workers
-of the data loader do.
+Forward and backward pass of a training step, gradient checkpointing on and vision tower frozen, on a stock Qwen2.5-VL with
+random weights in bfloat16; batches are formed beforehand, as workers of the data loader do. The workloads:
 
-Beside step labels a second: the model's own arithmetic (6 floating point operations a parameter of the language
-model's layers and token, 2 a parameter of the frozen vision tower and patch, and attention; recomputation not counted) as a share of
-what a large matrix product reaches on the device. Attention that a mask hides is not counted.
+- `trees`: trees of 12 rows in 6 pairs that share an image of 1,792 tokens, a question of 200 and the first 40 % of their
+  solutions, of 400 tokens in 8 steps;
+- `unshared`: as many rows as one such tree has, each with an image and a question of its own;
+- `mini`: rows of the trees that the mini world gives, as `mm-prm rows` makes them;
+- `text`: `trees` without images, on the language model alone.
+
+The ways: rows one behind another (the baseline), tree-packed, padded, padded with logits of the whole vocabulary (as
+MM-PRM trains) and, on text, a token classification model with two labels on every padded token, as TRL trained until
+version 1.13. All but the last compute one loss, which is checked.
+
+Beside step labels a second: the model's own arithmetic (6 floating point operations a parameter of the language model's
+layers and token that is no padding, 2 a parameter of the frozen vision tower and patch, and attention; recomputation,
+output heads and what masks hide not counted) as a share of what a large matrix product reaches on the device, and the
+most memory that was allocated.
 """
 
 import argparse
+import math
+from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from timing import compare, make_parser, report
 from torch.nn import functional
-from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2ForCausalLM,
+)
+from workloads import (
+    add_arguments,
+    mini_rows,
+    packed_batch,
+    padded_batch,
+    random_trees,
+    text_config,
+    vision_language_config,
+)
 
-from mm_prm.models import AutoModelForProcessReward, PositionPrecomputer, TreePacker, batch_vision_attention
+from mm_prm.models import AutoModelForProcessReward, batch_vision_attention, use_flex_attention
 from mm_prm.models.processing import EncodedRows
-from mm_prm.models.prompts import PromptTensors
 
-STEP_TOKEN, IMAGE_TOKEN, REWARD_TOKENS = 1, 4, [2, 3]
-FIRST_WORD = 10
+WORKLOADS = ("trees", "unshared", "mini", "text")
 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument("--num_layers", type=int, default=24)
-    parser.add_argument("--hidden_size", type=int, default=2048)
-    parser.add_argument("--vision_depth", type=int, default=32)
-    parser.add_argument("--vision_size", type=int, default=1280)
-    parser.add_argument("--vocab_size", type=int, default=150_000)
-    parser.add_argument("--num_trees", type=int, default=2, help="trees a step (default: 2)")
-    parser.add_argument("--pairs", type=int, default=6, help="pairs of rows of a tree (default: 6)")
-    parser.add_argument("--image_height", type=int, default=64, help="in patches; 4 patches are a token (default: 64)")
-    parser.add_argument("--image_width", type=int, default=112)
-    parser.add_argument("--question_tokens", type=int, default=200)
-    parser.add_argument("--solution_tokens", type=int, default=400)
-    parser.add_argument("--num_steps", type=int, default=8)
-    parser.add_argument("--shared", type=float, default=0.4, help="share of a solution that a pair has in common")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    ours, stock = make_models(args)
-    text = sum(p.numel() for p in ours.model.language_model.layers.parameters())
-    vision = sum(p.numel() for p in ours.model.visual.parameters())
-    embeddings = ours.get_input_embeddings().weight.numel()
-    print(
-        f"billions of parameters: {text / 1e9:.2f} in the language model's layers, {embeddings / 1e9:.2f} in its "
-        f"embeddings, {vision / 1e9:.2f} in the vision tower"
+    add_arguments(parser)
+    parser.add_argument("--workloads", nargs="+", default=WORKLOADS, choices=WORKLOADS)
+    parser.add_argument("--mini_rows", type=int, default=512, help="rows of the mini world (default: 512)")
+    parser.add_argument(
+        "--attention", choices=["flex", "sdpa"], help="for packed rows (default: flex on a GPU, sdpa elsewhere)"
     )
-
-    padded, packed = (on_device(batch, args) for batch in make_batches(ours, args))
-    labelled = ~padded["labels"].isnan()
-
-    def whole_vocabulary() -> torch.Tensor:
-        stock.zero_grad()
-        inputs = {key: value for key, value in padded.items() if key not in ("labels", "step_mask")}
-        logits = stock(**inputs).logits.float()[labelled][:, REWARD_TOKENS]
-        right = padded["labels"][labelled]
-        loss = functional.cross_entropy(logits, torch.stack([1 - right, right], dim=-1))
-        loss.backward()
-        return loss.detach()
-
-    def step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        ours.zero_grad()
-        loss = ours(**batch).loss
-        loss.backward()
-        return loss.detach()
-
-    ways = {
-        "padded rows, all logits": whole_vocabulary,
-        "padded rows": partial(step, padded),
-        "tree-packed": partial(step, packed),
-    }
-    losses = [way().item() for way in ways.values()]
-    tolerance = 1e-4 if args.dtype == "float32" else 3e-2
-    if max(losses) - min(losses) > tolerance:
-        raise AssertionError(f"the ways compute different losses: {losses}")
-    tables = [compare(args, ways, int(labelled.sum()), "step labels")]
-    peak = matrix_product_peak(args)
+    args = parser.parse_args()
+    args.attention = args.attention or ("flex" if args.device.startswith("cuda") else "sdpa")
+    # The losses are compared before time is taken, which warms up
+    args.warmups = 0
+    torch.manual_seed(0)
+    peak, tables = matrix_product_peak(args), []
     print(f"a matrix product reaches {peak / 1e12:.0f} TFLOP/s")
-    for name, batch in (("padded rows", padded), ("tree-packed", packed)):
-        operations = model_operations(ours, batch, text, vision)
-        row = tables[0]["variants"][name]
-        row["tokens"] = num_tokens(batch)
-        row["share_of_peak"] = operations / row["seconds"]["median"] / peak
-        print(f"{name}: {row['tokens']} tokens, {100 * row['share_of_peak']:.1f} % of it")
+    if set(args.workloads) - {"text"}:
+        ours, stock = make_models(args, vision_language_config(args), Qwen2_5_VLForConditionalGeneration)
+        for workload in args.workloads:
+            if workload != "text":
+                tables.append(measure(args, workload, rows_of(args, workload), ours, stock, peak))
+        del ours, stock
+    if "text" in args.workloads:
+        config = text_config(args)
+        ours, stock = make_models(args, config, Qwen2ForCausalLM)
+        with torch.device(args.device):
+            classifier = AutoModelForTokenClassification.from_config(config, dtype=getattr(torch, args.dtype))
+        tables.append(measure(args, "text", rows_of(args, "text"), ours, stock, peak, prepare(classifier)))
     report(args, tables)
 
 
-def make_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel]:
+def rows_of(args: argparse.Namespace, workload: str) -> EncodedRows:
+    if workload == "mini":
+        return mini_rows(args.mini_rows)
+    if workload == "unshared":
+        return random_trees(argparse.Namespace(**{**vars(args), "shared": 0, "num_trees": 1}))
+    return random_trees(args, images=workload == "trees")
+
+
+def make_models(
+    args: argparse.Namespace, config: PreTrainedConfig, stock_class: type[PreTrainedModel]
+) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The process reward model and the stock model on the device, with the same parameters."""
-    head_size = 128 if args.hidden_size >= 512 else 16
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": args.vocab_size,
-            "hidden_size": args.hidden_size,
-            "intermediate_size": 5 * args.hidden_size,
-            "num_hidden_layers": args.num_layers,
-            "num_attention_heads": args.hidden_size // head_size,
-            "num_key_value_heads": 2,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [head_size // 8, 3 * head_size // 16, 3 * head_size // 16],
-            },
-            "tie_word_embeddings": True,
-            "use_cache": False,
-        },
-        vision_config={
-            "depth": args.vision_depth,
-            "hidden_size": args.vision_size,
-            # A multiple of 8, without which bfloat16 products fall back to kernels several times slower
-            "intermediate_size": 8 * args.vision_size // 3 // 8 * 8,
-            "num_heads": max(1, args.vision_size // 80),
-            "out_hidden_size": args.hidden_size,
-            "fullatt_block_indexes": list(range(7, args.vision_depth, 8)),
-        },
-        image_token_id=IMAGE_TOKEN,
-        video_token_id=5,
-        vision_start_token_id=6,
-        vision_end_token_id=7,
-        tie_word_embeddings=True,
-    )
-    config.reward_token_ids = REWARD_TOKENS
     dtype = getattr(torch, args.dtype)
     with torch.device(args.device):
         ours = AutoModelForProcessReward.from_config(config, dtype=dtype)
-        stock = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
+        stock = stock_class._from_config(config, dtype=dtype)
     stock.load_state_dict(ours.state_dict(keep_vars=True), assign=True)
     stock.tie_weights()
-    for model in (ours, batch_vision_attention(stock)):
-        model.model.visual.requires_grad_(False)
-        model.train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return ours, stock
+    text, vision = num_parameters(ours)
+    embeddings = ours.get_input_embeddings().weight.numel()
+    print(
+        f"\nbillions of parameters: {text / 1e9:.2f} in the language model's layers, {embeddings / 1e9:.2f} in its "
+        f"embeddings, {vision / 1e9:.2f} in the vision tower"
+    )
+    if args.attention == "flex":
+        use_flex_attention(ours)
+    return prepare(ours), prepare(stock)
 
 
-def make_batches(model: PreTrainedModel, args: argparse.Namespace) -> tuple[dict, dict]:
-    """The same rows padded and packed."""
-    generator = np.random.default_rng(0)
+def prepare(model: PreTrainedModel) -> PreTrainedModel:
+    if vision_tower(model) is not None:
+        batch_vision_attention(model)
+        vision_tower(model).requires_grad_(False)
+    # No dropout, as trainers have it; gradient checkpointing is for training mode
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
-    def words(number: int) -> np.ndarray:
-        return generator.integers(FIRST_WORD, args.vocab_size, number)
 
-    def solution(number: int, steps: int) -> np.ndarray:
-        tokens = words(number)
-        tokens[np.linspace(0, number, steps + 1).astype(int)[1:] - 1] = STEP_TOKEN
-        return tokens
+def vision_tower(model: PreTrainedModel) -> Any:
+    return getattr(model.base_model, "visual", None)
 
-    image_tokens = args.image_height * args.image_width // 4
-    shared_steps = round(args.shared * args.num_steps)
-    shared_tokens = args.solution_tokens * shared_steps // args.num_steps
-    prompts, types, numbers, rows = [], [], [], []
-    for tree in range(args.num_trees):
-        prompts.append(np.concatenate([np.full(image_tokens, IMAGE_TOKEN), words(args.question_tokens)]))
-        types.append((prompts[-1] == IMAGE_TOKEN).astype(np.int64))
-        for _ in range(args.pairs):
-            start = solution(shared_tokens, shared_steps)
-            for _ in range(2):
-                end = solution(args.solution_tokens - shared_tokens, args.num_steps - shared_steps)
-                rows.append(np.concatenate([prompts[tree], start, end]))
-                numbers.append(tree)
-    labels = []
-    for row in rows:
-        values = np.full(len(row), np.nan, dtype=np.float32)
-        values[row == STEP_TOKEN] = 0.75
-        labels.append(values)
-    grid = torch.tensor([[1, args.image_height, args.image_width]])
-    patches = args.image_height * args.image_width
-    pixels = torch.randn(args.num_trees, patches, 3 * 2 * 14 * 14).to(getattr(torch, args.dtype))
 
-    def images(chosen: list[int]) -> dict[str, torch.Tensor]:
-        return {"pixel_values": pixels[chosen].flatten(0, 1), "image_grid_thw": grid.expand(len(chosen), 3)}
+def num_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """Of the language model's layers and of the vision tower."""
+    tower = vision_tower(model)
+    text = sum(parameter.numel() for parameter in model.get_decoder().layers.parameters())
+    return text, 0 if tower is None else sum(parameter.numel() for parameter in tower.parameters())
 
-    encoded = EncodedRows(PromptTensors(numbers, prompts, {"mm_token_type_ids": types}, images), rows, labels)
-    ids = torch.from_numpy(np.stack(rows))
-    padded = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == IMAGE_TOKEN).long(),
-        "step_mask": ids == STEP_TOKEN,
-        "labels": torch.from_numpy(np.stack(labels)),
-        **images(numbers),
+
+def measure(
+    args: argparse.Namespace,
+    workload: str,
+    rows: EncodedRows,
+    ours: PreTrainedModel,
+    stock: PreTrainedModel,
+    peak: float,
+    classifier: PreTrainedModel | None = None,
+) -> dict:
+    """Checks that the ways compute one loss, times them and adds tokens, share of the peak and memory to their table."""
+    padded = on_device(padded_batch(ours, rows), args)
+    one_by_one, _ = packed_batch(ours, rows, share_prefixes=False)
+    tree, depths = packed_batch(ours, rows, share_prefixes=True)
+    alone = np.concatenate([np.arange(len(ids)) for ids in rows.input_ids])
+    ways: dict[str, Callable[[], torch.Tensor]] = {
+        "rows": partial(step, ours, on_device(one_by_one, args)),
+        "tree": partial(step, ours, on_device(tree, args)),
+        "padded": partial(step, ours, padded),
+        "padded, all logits": partial(step_with_all_logits, stock, padded),
     }
-    positions = PositionPrecomputer.for_model(model)
-    assert positions is not None
-    padded |= positions(padded)
-    packer = TreePacker(model, SimpleNamespace(padding_id=0, step_token_id=STEP_TOKEN))  # type: ignore[arg-type]
-    return padded, packer.collate(encoded, packer.pack(encoded))
+    images = {name: padded.get("image_grid_thw") for name in ways} | {"tree": tree.get("image_grid_thw")}
+    if classifier is not None:
+        ways["token classification"] = partial(token_classification_step, classifier, padded)
+    losses, memory = {}, {}
+    for name, way in ways.items():
+        if args.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        losses[name] = way().item()
+        if args.device.startswith("cuda"):
+            memory[name] = torch.cuda.max_memory_allocated()
+    equal = [loss for name, loss in losses.items() if name != "token classification"]
+    tolerance = 1e-4 if args.dtype == "float32" else 3e-2
+    if not max(equal) - min(equal) <= tolerance or not all(map(math.isfinite, losses.values())):
+        raise AssertionError(f"{workload}: the ways compute different losses: {losses}")
+
+    num_labels = int((~padded["labels"].isnan()).sum())
+    table = compare(args, ways, num_labels, "step labels", f"{workload}: {len(rows.input_ids)} rows")
+    for name, row in table["variants"].items():
+        places = depths if name == "tree" else alone
+        row["tokens"] = len(places)
+        operations = model_operations(ours, places, images.get(name))
+        row["share_of_peak"] = operations / row["seconds"]["median"] / peak
+        shown = f"{name}: {len(places):,} tokens, {100 * row['share_of_peak']:.1f} % of the peak"
+        if name in memory:
+            row["peak_memory_bytes"] = memory[name]
+            shown += f", {memory[name] / 2**30:.1f} GiB"
+        print(shown)
+    return table
 
 
-def on_device(batch: dict, args: argparse.Namespace) -> dict:
-    return {key: value.to(args.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+def step(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach()
 
 
-def num_tokens(batch: dict[str, torch.Tensor]) -> int:
-    return batch["input_ids"].numel()
+def step_with_all_logits(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
+    model.zero_grad()
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "step_mask")}
+    labelled = ~batch["labels"].isnan()
+    logits = model(**inputs).logits.float()[labelled][:, model.config.reward_token_ids]
+    right = batch["labels"][labelled]
+    loss = functional.cross_entropy(logits, torch.stack([1 - right, right], dim=-1))
+    loss.backward()
+    return loss.detach()
 
 
-def model_operations(model: PreTrainedModel, batch: dict[str, torch.Tensor], text: int, vision: int) -> float:
-    """Floating point operations of forward and backward."""
+def token_classification_step(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
+    """Labels are whole numbers at the last token of each step and -100 elsewhere."""
+    labels = torch.where(batch["labels"].isnan(), -100, (batch["labels"] > 0.5).long())
+    model.zero_grad()
+    loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
+    loss.backward()
+    return loss.detach()
+
+
+def on_device(batch: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    moved = {key: value.to(args.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    if "pixel_values" in moved:
+        moved["pixel_values"] = moved["pixel_values"].to(getattr(torch, args.dtype))
+    return moved
+
+
+def model_operations(model: PreTrainedModel, depths: np.ndarray, images: torch.Tensor | None) -> float:
+    """Floating point operations of forward and backward; a token attends to itself and what precedes it in its row."""
+    text, vision = num_parameters(model)
     config = model.config.get_text_config()
-    mask = batch["attention_mask"]
-    if mask.dim() == 2:
-        pairs = sum(length * (length + 1) / 2 for length in mask.sum(dim=1).tolist())
-    else:
-        pairs = mask.sum().item()
     # Two products (scores, values) of 2 operations, forward once and backward twice
-    attention = 12 * config.num_hidden_layers * config.hidden_size * pairs
-    return 6 * text * num_tokens(batch) + attention + 2 * vision * len(batch["pixel_values"])
+    attention = 12 * config.num_hidden_layers * config.hidden_size * float((depths + 1).sum())
+    operations = 6 * text * len(depths) + attention
+    if images is not None:
+        tower = model.config.vision_config
+        patches = images.prod(dim=1).double()
+        num_whole = len(tower.fullatt_block_indexes)
+        in_window = (tower.window_size // tower.patch_size) ** 2
+        pairs = num_whole * patches**2 + (tower.depth - num_whole) * patches * in_window
+        operations += float((2 * vision * patches + 4 * tower.hidden_size * pairs).sum())
+    return operations
 
 
 def matrix_product_peak(args: argparse.Namespace) -> float:
     """Operations a second of a large matrix product in the type of the model."""
     size = 8192 if args.device.startswith("cuda") else 512
     matrix = torch.randn(size, size, device=args.device, dtype=getattr(torch, args.dtype))
-    quiet = argparse.Namespace(**{**vars(args), "repeats": 10})
-    table = compare(quiet, {"matrix product": lambda: matrix @ matrix}, 2 * size**3, "operations", "peak")
+    often = argparse.Namespace(**{**vars(args), "repeats": 10, "warmups": 3})
+    table = compare(often, {"matrix product": lambda: matrix @ matrix}, 2 * size**3, "operations", "peak")
     return table["variants"]["matrix product"]["operations_per_second"]
 
 

@@ -30,8 +30,16 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ),
         (
             "scoring",
-            "--num_problems 2 --num_candidates 5",
-            [["whole, 4 at once", "whole, large batches", "shared prefix"]],
+            "--dtype float32 --num_layers 2 --hidden_size 256 --num_problems 1 --num_candidates 5 --image_height 2 "
+            "--image_width 3 --question_tokens 20 --solution_tokens 40 --num_steps 4 --max_tokens 512",
+            [["batches of 4, all logits", "padded rows", "packed rows", "shared prefix"]],
+        ),
+        (
+            "training",
+            "--dtype float32 --num_layers 1 --hidden_size 32 --vision_depth 8 --vision_size 16 --vocab_size 1100 --num_trees 1 "
+            "--pairs 2 --image_height 8 --image_width 8 --question_tokens 10 --solution_tokens 20 --num_steps 4 --mini_rows 6",
+            [["rows", "tree", "padded", "padded, all logits"]] * 3
+            + [["rows", "tree", "padded", "padded, all logits", "token classification"]],
         ),
         ("search", "--num_searches 30 --num_exhaustive_searches 10", [["every pair", "heaps"], ["heaps"]]),
         ("vision", "--num_images 4", [["loop over images", "at once"]] * 3),
