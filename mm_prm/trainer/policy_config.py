@@ -1,6 +1,7 @@
 """`PolicyConfig`: the settings of [`PolicyTrainer`]."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
@@ -106,3 +107,7 @@ class PolicyConfig(SFTConfig):
                 raise ValueError(f"{name} = True: must be False, {needed}")
         if self.completion_only_loss is False:
             raise ValueError("completion_only_loss = False: the policy learns to write solutions, not problems")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # training_args.bin is pushed with the model
+        return self.__dict__ | {"hub_token": None}

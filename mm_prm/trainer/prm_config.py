@@ -192,6 +192,10 @@ class PRMConfig(_BaseConfig):
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns = True: must be False, the collator reads the rows as they are")
 
+    def __getstate__(self) -> dict[str, Any]:
+        # training_args.bin is pushed with the model
+        return self.__dict__ | {"hub_token": None}
+
     @property
     def needs_num_judged(self) -> bool:
         """Whether each label must come with its number of judged rollouts."""

@@ -16,7 +16,7 @@ from mm_prm.annotation import RolloutRequest
 from mm_prm.cli import main
 from mm_prm.policies.transformers import TransformersPolicy
 from mm_prm.settings import parse_settings
-from mm_prm.trainer import PolicyConfig, PolicyTrainer
+from mm_prm.trainer import PolicyConfig, PolicyTrainer, PRMConfig
 
 from ..models.tiny_processors import PROCESSORS
 from ..testing_utils import tiny_image
@@ -172,6 +172,17 @@ def test_settings_that_would_teach_something_else_are_refused(settings, tmp_path
     [(name, value)] = settings.items()
     with pytest.raises(ValueError, match=rf"^{name} = {value!r}: "):
         config(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("config_class", [PolicyConfig, PRMConfig])
+def test_the_token_is_not_in_the_settings_that_are_pushed(config_class, tmp_path):
+    args = config_class(str(tmp_path), hub_token="hf_secret", use_cpu=True)
+    torch.save(args, tmp_path / "training_args.bin")
+    assert b"hf_secret" not in (tmp_path / "training_args.bin").read_bytes()
+    assert args.hub_token == "hf_secret"
+    assert torch.load(tmp_path / "training_args.bin", weights_only=False).to_dict() == args.to_dict() | {
+        "hub_token": None
+    }
 
 
 # The command
