@@ -10,21 +10,24 @@ Both grow the same trees, to the last rollout, so a label is the same thing: the
 `annotate` goes first and its rollouts are kept. The loop's search is given them; its engine writes from the loop's own
 prompts as many tokens as they have, which are thrown away. What the engine has cached of the prompts by then serves the
 loop. "engine alone" is the limit: all requests of the trees at once, as if they were known before, and nobody judges.
-Each turn has problems of its own.
+Each turn has problems of its own; one of a few problems comes first, to warm up.
 
 - busy: share of the time in which the engine had at least one request that it had not answered.
 - at once: rollouts that the engine had been asked for and had not handed back, on average over the time.
 
-On a GPU, the embedded policy and a model of 2.2 B parameters with random weights and rollouts of 256 tokens, whose pictures
-have 256 tokens; the loop takes the first problems of a turn only, and rates are compared (not run yet):
+On a GPU, with the embedded policy, and with a model of 2.2 B parameters with random weights that writes rollouts of 256 tokens
+about pictures of 256 tokens; the loop takes the first problems of a turn only, and rates are compared (not run yet;
+vLLM before 0.32 needs VLLM_USE_V2_MODEL_RUNNER=1, else it draws the noise of one seed after the other; where CUDA graphs
+cannot be made, --engine_settings '{"enforce_eager": true}'):
 
-    python benchmarks/annotation.py --num_problems 512 --baseline_problems 16 --trees_in_flight 128 --judge_concurrency 512
-        --judge_delay 0 0.2 --repeats 2 --output_json mini.json
-    python benchmarks/annotation.py --model random --num_problems 256 --baseline_problems 8 --trees_in_flight 64
-        --judge_concurrency 512 --judge_delay 0 0.2 --repeats 2 --output_json random.json
+    python benchmarks/annotation.py --num_problems 256 --baseline_problems 8 --trees_in_flight 64 --rollout_budget 112
+        --judge_delay 0 0.2 --judge_concurrency 512 --repeats 2 --output_json mini.json
+    python benchmarks/annotation.py --model random --num_problems 128 --baseline_problems 4 --trees_in_flight 64
+        --rollout_budget 112 --judge_concurrency 512 --repeats 2 --output_json random.json
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 import threading
@@ -49,6 +52,7 @@ from mm_prm.judges import RulesJudge
 LOOP, OURS, LIMIT = "one tree at a time", "annotate", "engine alone"
 _JUDGE_THREADS_OF_LOOP = 32
 _LABELS = 1000
+_WARM_UP = 4
 
 
 class Meter:
@@ -178,25 +182,23 @@ def ask_for_all(engine: Any, problems: list[Problem], kept: dict[RolloutRequest,
     return meter.read()
 
 
-def run_turn(args: argparse.Namespace, engine: Any, judge: Judge, turn: int) -> dict[str, dict[str, float]]:
-    """Each way once over the turn's problems; what it did in how many seconds."""
+def run_turn(
+    args: argparse.Namespace, engine: Any, judge: Judge, first: int, number: int
+) -> dict[str, dict[str, float]]:
+    """Each way once over the problems; what it did in how many seconds."""
     config = AnnotationConfig(
         num_rollouts=args.num_rollouts, rollout_budget=args.rollout_budget, trees_in_flight=args.trees_in_flight
     )
-    problems = list(generate_problems("annotation", args.num_problems, args.first_problem + turn * args.num_problems))
-    first = problems[: args.baseline_problems]
+    problems = list(generate_problems("annotation", number, first))
     trees, kept, ours = grow_all(engine, problems, judge, config, args.judge_concurrency)
-    loop_trees, loop = grow_one_by_one(engine, first, judge, config, kept)
+    loop_trees, loop = grow_one_by_one(engine, problems[: args.baseline_problems], judge, config, kept)
     for name, tree in loop_trees.items():
         if any(tree[part] != trees[name][part] for part in ("nodes", "rollouts")):
             raise AssertionError(f"{name}: the two ways grew different trees")
 
     def did(rows: dict[str, dict]) -> dict[str, float]:
-        labels = sum(num_labels(row["nodes"]) for row in rows.values())
-        if not labels:
-            raise SystemExit(f"{len(rows)} problems gave no label: take more of them")
         return {
-            "labels": labels,
+            "labels": sum(num_labels(row["nodes"]) for row in rows.values()),
             "rollouts": sum(len(row["rollouts"]) for row in rows.values()),
             "tokens": sum(
                 rollout.num_tokens
@@ -291,11 +293,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         engine = open_engine(args, Path(folder))
+        run_turn(args, engine, RulesJudge(), args.first_problem - _WARM_UP, _WARM_UP)
         tables = []
+        problems = itertools.count(args.first_problem, args.num_problems)
         for delay in args.judge_delay:
             judge = SlowJudge(RulesJudge(), delay)
-            turns = [run_turn(args, engine, judge, turn) for turn in range(args.repeats + 1)]
-            tables.append(make_table(turns[1:], f"a judge of {delay:g} s more a call"))
+            turns = [run_turn(args, engine, judge, next(problems), args.num_problems) for _ in range(args.repeats)]
+            if not all(seen["labels"] for turn in turns for seen in turn.values()):
+                raise SystemExit("some turn gave no label: take more problems")
+            tables.append(make_table(turns, f"a judge of {delay:g} s more a call"))
     report(args, tables)
 
 
