@@ -1,5 +1,5 @@
 """
-    python benchmarks/scoring.py --vllm --output_json scoring.json
+    python benchmarks/scoring.py --vllm --repeats 3 --output_json scoring.json
 
 Candidates scored a second: N solutions of one problem after the other, which share a picture and a question. A stock
 Qwen2.5-VL with random weights as process reward model, 2.2 billion parameters unless told otherwise.
@@ -136,8 +136,8 @@ class Inputs:
         self.generator = np.random.default_rng(args.seed)
 
     def turns(self) -> list[Turn]:
-        """For each turn, and the one for warming up, problems that no other turn has."""
-        return [self._turn() for _ in range(self.args.repeats + 1)]
+        """For each turn, those for warming up included, problems that no other turn has."""
+        return [self._turn() for _ in range(self.args.warmups + self.args.repeats)]
 
     def _turn(self) -> Turn:
         args = self.args
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--num_layers", type=int, default=28, help="of the language model (default: 28)")
     parser.add_argument("--hidden_size", type=int, default=1536, help="of the language model (default: 1536)")
-    parser.add_argument("--num_problems", type=int, default=8, help="problems a turn (default: 8)")
+    parser.add_argument("--num_problems", type=int, default=4, help="problems a turn (default: 4)")
     parser.add_argument("--num_candidates", type=int, default=16)
     parser.add_argument("--image_height", type=int, default=32, help="of a picture, in tokens (default: 32)")
     parser.add_argument("--image_width", type=int, default=56)

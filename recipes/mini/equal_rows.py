@@ -1,6 +1,6 @@
 """Cuts files of rows, in place, to the same number of rows: the first ones, which are those of the first problems.
 
-    python recipes/mini/equal_rows.py --most 20000 outputs/mini/rows/fixed.parquet outputs/mini/rows/adaptive.parquet
+python recipes/mini/equal_rows.py --most 20000 outputs/mini/rows/fixed.parquet outputs/mini/rows/adaptive.parquet
 """
 
 import argparse

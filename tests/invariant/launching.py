@@ -38,7 +38,16 @@ def train_by_recipe(
 ) -> Path:
     """Trains on steps of 8 rows, half of them on each process, by `accelerate launch`; returns the folder of the model."""
     launch = ["-m", "accelerate.commands.launch", "--config_file", f"recipes/accelerate/{recipe}.yaml"]
-    launch += ["--num_processes", str(num_processes), "--mixed_precision", "no", "--main_process_port", "0", "-m", module]
+    launch += [
+        "--num_processes",
+        str(num_processes),
+        "--mixed_precision",
+        "no",
+        "--main_process_port",
+        "0",
+        "-m",
+        module,
+    ]
     batch_size = str(8 // num_processes)
     flags = _flags(model, folder, recipe, per_device_train_batch_size=batch_size, save_steps="1", **settings)
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(num_processes)))} if torch.cuda.is_available() else {}
