@@ -13,10 +13,11 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 from mm_prm.annotation.protocols import Verdict
 from mm_prm.data import mini
 from mm_prm.embedded import embedded_path
-from mm_prm.inference import AGGREGATORS, Scorer
+from mm_prm.inference import AGGREGATORS, Scorer, ServedScorer
 from mm_prm.judges import RulesJudge
 from mm_prm.rl import OutcomeReward, ProcessReward, add_prompts
 
+from ..inference.pooling_server import PoolingServer
 from ..testing_utils import tiny_image
 
 NUM_PROBLEMS = 5
@@ -198,6 +199,15 @@ def test_names_and_pickles(scorer, batch):
         again = pickle.loads(pickle.dumps(reward))
         assert get_callable_name(again) == get_callable_name(reward)
         assert _rewards_of(again, batch) == _rewards_of(reward, batch)
+
+
+def test_a_server_gives_the_same_rewards(scorer, batch):
+    server = PoolingServer(str(embedded_path("mini_prm")))
+    reward = ProcessReward(ServedScorer(server.url))
+    local = _rewards_of(ProcessReward(scorer), batch)
+    assert _rewards_of(reward, batch) == pytest.approx(local, abs=1e-5)
+    assert _rewards_of(pickle.loads(pickle.dumps(reward)), batch) == pytest.approx(local, abs=1e-5)
+    server.close()
 
 
 def test_mistakes_are_named(scorer, batch):
