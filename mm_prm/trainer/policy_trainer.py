@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import datasets
 import torch
+import trl
 from torch import nn
 from transformers import (
     AutoProcessor,
@@ -109,7 +110,7 @@ class PolicyTrainer(SFTTrainer):
     ):
         if train_dataset is None:
             raise ValueError("train_dataset: give rows with `prompt` and `completions`")
-        name = model if isinstance(model, str) else model.config.name_or_path
+        name = model if isinstance(model, str) else str(model.config.name_or_path)
         if args is None:
             args = PolicyConfig(f"{Path(name).name}-policy")
         if processing_class is None:
@@ -117,6 +118,8 @@ class PolicyTrainer(SFTTrainer):
             processing_class = AutoProcessor.from_pretrained(
                 name, revision=revision, trust_remote_code=args.trust_remote_code
             )
+        if tuple(map(int, trl.__version__.split(".")[:2])) < (1, 16) and args.device.type == "cpu":
+            raise ValueError(f"trl {trl.__version__} computes this loss on GPUs only; pip install 'trl>=1.16'")
         prompts = PromptBuilder(processing_class, cast(StepFormat, args.step_format))
 
         def prepare(rows: Rows) -> datasets.Dataset:
@@ -175,7 +178,7 @@ class PolicyTrainer(SFTTrainer):
         if output_dir is None and not _internal_call:
             self.create_model_card()
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]
         self,
         model_name: str | None = None,
         dataset_name: str | None = None,
