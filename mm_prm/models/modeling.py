@@ -205,11 +205,12 @@ def _block_mask(subtree_ends: torch.Tensor) -> BlockMask:
     queries = keys[:, None]
     whole = (queries > keys) & (ends.amin(-1) >= queries + _BLOCK_SIZE)
     some = ((queries > keys) & (ends.amax(-1) > queries) | (queries == keys)) & ~whole
-    blocks = []
-    for kind in (some, whole):
-        # Number of key blocks for each block of queries, and their indices before those of the others
-        blocks += [kind.sum(-1, dtype=torch.int32), kind.int().argsort(dim=-1, descending=True, stable=True).int()]
-    return BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=_BLOCK_SIZE, mask_mod=is_seen)
+    return BlockMask.from_kv_blocks(*_numbered(some), *_numbered(whole), BLOCK_SIZE=_BLOCK_SIZE, mask_mod=is_seen)
+
+
+def _numbered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many blocks of keys there are for each block of queries, and their indices, before those of the others."""
+    return blocks.sum(-1, dtype=torch.int32), blocks.int().argsort(dim=-1, descending=True, stable=True).int()
 
 
 class ProcessRewardMixin:

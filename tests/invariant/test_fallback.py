@@ -1,12 +1,16 @@
 """Architectures that cannot read packed rows say so by name and give the numbers of `packing: none`."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers.utils import logging as transformers_logging
 
 from mm_prm.inference import Scorer
-from mm_prm.models import AutoModelForProcessReward, ProcessRewardProcessor, TreePacker
+from mm_prm.models import AutoModelForProcessReward, ProcessRewardProcessor, TreePacker, use_flex_attention
+from mm_prm.trainer import PRMConfig, PRMTrainer
+from mm_prm.trainer.batches import settle_packing
 
 from ..trainer.packings import build_prm, one_step, tree_rows
 
@@ -37,3 +41,40 @@ def test_sliding_windows_fall_back_in_training_and_scoring(tmp_path, caplog):
         inputs = processor(problems, [steps])
         alone = model(**inputs).logits.softmax(-1)[..., 1][inputs["step_mask"]].tolist()
         assert found == pytest.approx(alone, abs=1e-5)
+
+
+def test_packing_is_settled_before_a_model_init_makes_its_models(tmp_path):
+    path = build_prm("gemma2", tmp_path)
+    args = PRMConfig(str(tmp_path), packing="tree", max_tokens=300, use_cpu=True, report_to="none")
+    trainer = PRMTrainer(
+        model_init=lambda: AutoModelForProcessReward.from_pretrained(path),
+        args=args,
+        train_dataset=tree_rows("gemma2"),
+    )
+    assert (trainer.args.packing, trainer.args.max_tokens, trainer.data_collator.packer) == ("none", None, None)
+
+
+@pytest.mark.parametrize(
+    ("device", "kwargs", "implementation"),
+    [
+        ("cuda", None, "flex_for_block_masks"),
+        ("cuda", {"dtype": "float32"}, "flex_for_block_masks"),
+        ("cuda", {"attn_implementation": "sdpa"}, "sdpa"),
+        ("cpu", None, "sdpa"),
+    ],
+)
+def test_a_gpu_gets_flex_attention_unless_another_is_named(tiny_prm_path, device, kwargs, implementation):
+    model = AutoModelForProcessReward.from_pretrained(tiny_prm_path)
+    vision = model.model.visual.config._attn_implementation
+    settle_packing(model, SimpleNamespace(packing="rows", device=torch.device(device), model_init_kwargs=kwargs))
+    assert model.config.text_config._attn_implementation == implementation
+    assert model.model.visual.config._attn_implementation == vision and model.config._attn_implementation == "sdpa"
+    unpacked = AutoModelForProcessReward.from_pretrained(tiny_prm_path)
+    settle_packing(unpacked, SimpleNamespace(packing="none", device=torch.device("cuda"), model_init_kwargs=None))
+    assert unpacked.config.text_config._attn_implementation == "sdpa"
+
+
+def test_attention_with_dropout_stays_with_sdpa(tiny_prm_path):
+    model = AutoModelForProcessReward.from_pretrained(tiny_prm_path)
+    model.config.text_config.attention_dropout = 0.1
+    assert use_flex_attention(model).config.text_config._attn_implementation == "sdpa"

@@ -96,13 +96,15 @@ def test_flex_and_flash_equal_sdpa(architecture, tmp_path):
 
     use_flex_attention(model)
     assert "flex" in text._attn_implementation
-    for share_prefixes, max_tokens in [(True, None), (True, 256), (False, 512)]:
+    longest = max(map(len, encoded.input_ids))
+    for share_prefixes, max_tokens in [(True, None), (True, longest + 1), (False, 512)]:
         packer = TreePacker(model, processor, max_tokens, share_prefixes)
         packed = packer.pack(encoded)
+        assert (len(packed) == 4) == (max_tokens is None)  # four trees, of which a small budget makes more
         inputs = packer.collate(encoded, packed, packer.layout(packed))
         num_sequences, length = inputs["input_ids"].shape
         assert length % 128 == 0 and (num_sequences == 1) == (max_tokens is None)
-        if max_tokens == 256:
+        if max_tokens == longest + 1:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
         with flex_on_cpu():

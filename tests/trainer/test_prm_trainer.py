@@ -235,6 +235,15 @@ def test_a_step_on_packed_trees_equals_a_step_on_rows(tiny_prm_path, tmp_path, l
             assert other_evaluation[name] == pytest.approx(evaluation[name], rel=1e-3), name
 
 
+def test_positions_of_packed_and_padded_batches_come_from_one_place(tiny_prm_path, tmp_path):
+    for packing in ("none", "rows", "tree"):
+        trainer = PRMTrainer(tiny_prm_path, _config(tmp_path, packing=packing), train_dataset=toy_rows(4))
+        training, evaluation = trainer.data_collator, trainer.eval_collator
+        assert training.positions is evaluation.positions is not None
+        assert (training.packer is None) == (packing == "none")
+        assert training.packer is None or training.packer.positions is training.positions
+
+
 def test_packing_is_left_to_a_collator_of_ones_own(tiny_prm_path, tmp_path):
     collator = DataCollatorForProcessReward(ProcessRewardProcessor.from_pretrained(tiny_prm_path))
     with pytest.raises(ValueError, match="packing = 'tree': a data_collator of your own must pack by itself"):

@@ -1,5 +1,7 @@
 """The order of training: the same rows in a step as in any other order, with batches of like length."""
 
+import torch
+from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,7 +40,9 @@ def test_every_row_comes_once_and_trees_stay_together(trees, epoch):
     sampler.set_epoch(epoch)
     order = list(sampler)
     assert sorted(order) == list(range(len(trees)))
-    runs = [tree for index, tree in enumerate(trees[row] for row in order) if index == 0 or tree != trees[order[index - 1]]]
+    runs = [
+        tree for index, tree in enumerate(trees[row] for row in order) if index == 0 or tree != trees[order[index - 1]]
+    ]
     assert len(runs) == len(set(trees))
 
 
@@ -48,3 +52,35 @@ def test_trees_and_their_rows_are_shuffled_anew_each_epoch():
     assert first == list(sampler) and first != list(range(40))
     sampler.set_epoch(1)
     assert list(sampler) != first
+
+
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=30),
+    batch_size=st.integers(1, 24),
+    num_processes=st.integers(1, 4),
+)
+def test_a_tree_lies_in_few_batches_and_processes_get_others(sizes, batch_size, num_processes):
+    trees = [tree for tree, size in enumerate(sizes) for _ in range(size)]
+    batches = torch.utils.data.BatchSampler(TreeSampler(trees, seed=0), batch_size, drop_last=False)
+    shards = [BatchSamplerShard(batches, num_processes, rank, even_batches=False) for rank in range(num_processes)]
+    by_process = [[[trees[row] for row in batch] for batch in shard] for shard in shards]
+    homes: dict[int, set] = {}
+    for rank, of_process in enumerate(by_process):
+        for number, batch in enumerate(of_process):
+            for tree in batch:
+                homes.setdefault(tree, set()).add((rank, number))
+    assert sorted(tree for process in by_process for batch in process for tree in batch) == trees
+    for tree, size in enumerate(sizes):
+        assert len(homes[tree]) <= -(-(size - 1) // batch_size) + 1
+
+
+def test_a_steps_trees_are_drawn_from_all():
+    # Trees in an order that tells their share of right labels, as a table sorted by difficulty has it
+    trees = [row // 8 for row in range(8 * 200)]
+    sampler = TreeSampler(trees, seed=1)
+    order = [trees[row] for row in sampler]
+    steps = [set(order[start : start + 64]) for start in range(0, len(order), 64)]
+    assert all(len(step) == 8 for step in steps)
+    means = torch.tensor([float(sum(step)) / len(step) for step in steps])
+    # The mean of 8 of 200 drawn at random lies around 99.5 with a standard deviation of 20
+    assert (means - 99.5).abs().max() < 70 and 12 < means.std() < 28
