@@ -48,8 +48,8 @@ def test_accelerate_launches_two_processes(tiny_vlm_path, tmp_path):
     flags = {"model": tiny_vlm_path, "rows": str(tmp_path / "rows.parquet"), "output_dir": str(tmp_path / "prm")}
     flags |= {"max_steps": "2", "per_device_train_batch_size": "4", "packing": "tree", "logging_steps": "1"}
     flags |= {"use_cpu": "true", "report_to": "none", "save_strategy": "no", "gradient_checkpointing": "false"}
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "mm_prm.train"]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/gpus.yaml", "--num_processes", "2"]
+    launch += ["--mixed_precision", "no", "--main_process_port", "0", "-m", "mm_prm.train"]
     result = subprocess.run(
         [sys.executable, *launch, *(word for name, value in flags.items() for word in (f"--{name}", value))],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -60,6 +60,7 @@ def test_accelerate_launches_two_processes(tiny_vlm_path, tmp_path):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count(f"model: {tmp_path / 'prm'}") == 1, "one process speaks"
+    assert "num_processes: 2" in (tmp_path / "prm" / "README.md").read_text()
     assert "train: 2/2, loss" in result.stderr and "step_labels_per_second" in result.stderr
     settings = yaml.safe_load((tmp_path / "prm" / "settings.yaml").read_text())
     assert settings["packing"] == "tree" and settings["use_peft"] is False
