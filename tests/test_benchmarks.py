@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
     [
         (
             "annotation",
-            "--engine transformers --num_problems 3 --num_rollouts 4 --rollout_budget 16 --max_new_tokens 48",
+            "--engine transformers --num_problems 3 --num_rollouts 4 --rollout_budget 16 --max_new_tokens 64",
             [["one tree at a time", "annotate", "engine alone"]],
         ),
         (
