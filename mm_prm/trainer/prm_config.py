@@ -54,10 +54,16 @@ class PRMConfig(_BaseConfig):
         packing (`str`, *optional*, defaults to `"none"`):
             `"rows"` lays rows one behind another instead of padding them. `"tree"` lays the rows of one tree (of one
             `problem_id`) in a batch out as one sequence, in which image, question and every shared step stand once. Loss
-            and gradients are those of `"none"`. Batches still count rows.
+            and gradients are those of `"none"`. Batches still count rows. On a GPU, FlexAttention computes packed
+            sequences, elsewhere SDPA; `attn_implementation` in `model_init_kwargs` names another (for rows, also
+            `"flash_attention_2"`). An architecture that cannot (sliding windows, linear attention, …) is named in a warning
+            and falls back to `"none"`. With `"tree"`, trees are drawn at random and each stays together: a batch of few
+            trees has labels that resemble each other, so let an optimizer step hold many.
         max_tokens (`int`, *optional*):
-            Longest packed sequence: rows or trees fill it one behind another. A tree that is longer is split, and what its
-            parts share is repeated. If `None`, sequences are as long as the longest row or tree of the batch.
+            Longest packed sequence: rows or trees fill it one behind another. A tree that is longer is split at forks, where
+            little has to be repeated; a row that is longer stays whole and alone (`max_length` cuts rows). If `None`,
+            sequences are as long as the longest row or tree of the batch; with FlexAttention and FlashAttention, which do
+            not pay for what is hidden, a batch is one sequence.
         label_mode (`str`, *optional*, defaults to `"soft"`):
             `"soft"` trains on the labels as they are, `"hard"` on 1 for labels above `hard_threshold` and 0 for others,
             `"smoothed"` on (label · n + 1) / (n + 2), where n is the number of judged rollouts behind the label (column
@@ -137,7 +143,8 @@ class PRMConfig(_BaseConfig):
     max_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Longest packed sequence. If `None`, sequences are as long as the longest row or tree of the batch."
+            "help": "Longest packed sequence. If `None`, sequences are as long as the longest row or tree of the batch; with "
+            "FlexAttention and FlashAttention, a batch is one sequence."
         },
     )
     label_mode: str = field(

@@ -49,7 +49,11 @@ class TreeSampler(Sampler[int]):
     """
     Shuffles trees, and the rows within each, and keeps the rows of a tree together.
 
-    Batches still count rows: one that is full ends within a tree, and the rest of the tree opens the next batch.
+    Batches still count rows: one that is full ends within a tree, and the rest of the tree opens the next batch, which under
+    several processes is another one's. Labels of one tree resemble each other (an easy problem's are high), so a step of n
+    rows knows about as much as its n / (rows of a tree) trees do. Which trees meet in a step is drawn from all, in each
+    epoch anew, so steps that hold many trees have the labels of the whole on average; steps of few vary more than steps of
+    as many rows drawn one by one.
 
     Args:
         trees (`Sequence[Hashable]`):
