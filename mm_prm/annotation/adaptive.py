@@ -6,11 +6,11 @@ judged rollouts of the tree that pass through it, wherever they began (these are
 pools for the label, too), the label is decided
 
 - at one of the ends, \\( r = 0 \\) or \\( r = n \\), as soon as \\( n \ge 6 \\);
-- in between, as soon as \\( n \ge \frac54 N \\), N being `num_rollouts`.
+- in between, as soon as \\( n \ge \frac32 N \\), N being `num_rollouts`.
 
 Error bounds, for independent rollouts: a prefix that comes right with probability p is labelled 0 by the first rule with
 probability at most \\( (1 - p)^6 \\), whatever comes later (12 % for p = 0.3, 1.6 % for p = 0.5), and 1 with at most
-\\( p^6 \\); a label in between has a standard error of at most \\( 1 / (2 \sqrt{5 N / 4}) \\), for N = 16 0.11 where a
+\\( p^6 \\); a label in between has a standard error of at most \\( 1 / (2 \sqrt{3 N / 2}) \\), for N = 16 0.10 where a
 fixed 16 has 0.125. What is saved at the ends, where most prefixes of a search lie, pays for the more in between. (The
 rollout whose search led to the prefix was wrong, and counts among the n, as it does in pooled labels.)
 """
@@ -39,4 +39,4 @@ def is_decided(num_right: int, num_judged: int, num_rollouts: int) -> bool:
 
 def most_rollouts(num_rollouts: int) -> int:
     """Most rollouts that one prefix gets, and so many through it are always enough."""
-    return num_rollouts * 5 // 4
+    return num_rollouts * 3 // 2

@@ -70,7 +70,7 @@ def test_the_error_bounds_hold():
         assert ends / 4000 <= (1 - p) ** 6 + 0.01
         if p == 0.5:
             between = [label for label in labels if 0 < label < 1]
-            assert pstdev(between) <= 1 / (2 * 20**0.5) + 0.005
+            assert pstdev(between) <= 1 / (2 * most_rollouts(16) ** 0.5) + 0.005
 
 
 def test_labels_cost_less():
