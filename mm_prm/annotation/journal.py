@@ -164,7 +164,7 @@ class Journal:
         try:
             for key, blob in other._execute("SELECT key, row FROM rows ORDER BY number"):
                 own = self.get(key)
-                if own is None or (own["status"] != "complete" and other._decode(blob)["status"] == "complete"):
+                if own is None or (not _is_complete(own) and _is_complete(other._decode(blob))):
                     self._store(key, blob)
                     num_stored += 1
             self._execute("COMMIT")
@@ -223,3 +223,8 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _is_complete(row: Mapping[str, Any]) -> bool:
+    # Of what is no tree, such as scores, only what is finished is ever committed.
+    return row.get("status", "complete") == "complete"

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from mm_prm.annotation import Journal, JournalError
+from mm_prm.cli import main
 
 
 @pytest.fixture
@@ -107,3 +108,18 @@ def test_a_file_left_empty_by_a_killed_process_is_a_new_journal(path):
     with Journal(path) as journal:
         journal.commit("a", {"n": 1})
         assert list(journal) == [{"n": 1}]
+
+
+def test_journals_of_scores_and_searches_become_one_too(tmp_path):
+    shards = [tmp_path / f"{number}.sqlite" for number in (1, 2)]
+    for number, shard in enumerate(shards):
+        with Journal(shard) as journal:
+            journal.commit(f"own {number}", {"value": [[0.5]]})
+            journal.commit("both", {"value": [[float(number)]]})
+    assert main(["journal", "merge", *map(str, shards), "--output", str(tmp_path / "all.sqlite")]) == 0
+    with Journal(tmp_path / "all.sqlite", read_only=True) as merged:
+        assert {key: merged.get(key) for key in ("own 0", "own 1", "both")} == {
+            "own 0": {"value": [[0.5]]},
+            "own 1": {"value": [[0.5]]},
+            "both": {"value": [[0.0]]},
+        }
