@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import filelock
 import pytest
 
 from mm_prm.cli import main
@@ -221,3 +222,14 @@ def test_workers_give_what_one_process_gives():
     assert agreement["agree"] >= 0.99
     assert agreement["precision"] >= 0.98
     assert agreement["recall"] >= 0.99
+
+
+def test_a_second_run_on_the_same_output_is_refused_until_the_first_has_ended(capsys):
+    write(Path("in.jsonl"), ROWS)
+    assert judge("--input", "in.jsonl", "--output", "out.jsonl") == 0
+    assert {path.name for path in Path().iterdir()} == {"in.jsonl", "out.jsonl", "out.jsonl.settings.yaml"}
+    with filelock.FileLock(".out.jsonl.lock"):
+        assert judge("--input", "in.jsonl", "--output", "out.jsonl") == 2
+        assert "output: another run is judging into out.jsonl: wait for it" in capsys.readouterr().err
+        assert judge("--input", "in.jsonl", "--output", "other.jsonl") == 0
+    assert judge("--input", "in.jsonl", "--output", "out.jsonl") == 0

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -83,9 +83,7 @@ def run(settings: JudgeCommandSettings) -> int:
     import hashlib
     import json
 
-    from mm_prm.chat_client import ChatServerError
-    from mm_prm.commands.files import write_json, write_settings_beside
-    from mm_prm.commands.progress import ProgressBar
+    from mm_prm.commands.files import write_settings_beside
 
     with reading_input("judge"):
         settings.check_judge()
@@ -109,6 +107,36 @@ def run(settings: JudgeCommandSettings) -> int:
         raise InputError("; ".join(bad[:_MOST_NAMED]) + more)
     write_settings_beside(output, settings)
     key = json.dumps([digest, settings.column, settings.judge_identity()])
+    with _only_run(output):
+        return _judge_into(output, source, key, num_rows, bad, settings)
+
+
+@contextmanager
+def _only_run(output: Path) -> Iterator[None]:
+    """What is finished lies beside the output, and two runs would mix theirs."""
+    import filelock
+
+    lock = filelock.FileLock(output.with_name(f".{output.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise InputError(
+            f"output: another run is judging into {output}: wait for it, end it, or name another file"
+        ) from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _judge_into(
+    output: Path, source: Path, key: str, num_rows: int, bad: Sequence[str], settings: JudgeCommandSettings
+) -> int:
+    from mm_prm.chat_client import ChatServerError
+    from mm_prm.commands.files import write_json
+    from mm_prm.commands.progress import ProgressBar
+
     part, part_key = output.with_name(f".{output.name}.part"), output.with_name(f".{output.name}.part.key")
     done = _finished_rows(part, part_key, key)
     if done:

@@ -1,5 +1,8 @@
 """The language-model judge, the cascade and the cache, against a real HTTP server."""
 
+import contextlib
+import hashlib
+import json
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -201,6 +204,18 @@ class TestCache:
         assert first.judge(PROBLEM, ["The answer is a coat."]).verdict == "right"
         second = CachedJudge(asked, tmp_path / "cache.sqlite", change.get("identity", "one"))
         assert second.judge(problem, [change.get("step", "The answer is a coat.")]).verdict == "wrong"
+
+    def test_what_an_older_version_kept_is_asked_again(self, tmp_path):
+        # It kept the whole step as `extracted`, under a key of the same parts without a format.
+        step, path = "So it is a coat. The answer is a coat.", tmp_path / "cache.sqlite"
+        parts = ["one", PROBLEM["question"], list(PROBLEM["choices"]), PROBLEM["answer"], step]
+        judge = CachedJudge(Scripted("right"), path, "one")
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+            database.execute("INSERT INTO verdicts VALUES (?, 'right', ?, 'language model')", (key, step))
+            database.commit()
+        assert not judge.judge(PROBLEM, [step]).from_cache
+        assert judge.judge(PROBLEM, [step]).from_cache
 
     def test_the_identity_of_a_language_model_follows_the_model(self):
         with ChatServer(say) as server:
