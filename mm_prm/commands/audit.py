@@ -4,7 +4,7 @@ mm-prm audit --trees trees.parquet --plot audit.png
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -105,11 +105,12 @@ def run(settings: AuditSettings) -> int:
         raise InputError("reference: 'exact': only the mini world knows exactly; use 'rollouts'")
     num_labels = settings.num_labels or (len(labels) if reference == "exact" else _LABELS_MEASURED)
     labels = sample_labels(labels, num_labels, settings.seed)
+    find = _problem_finder(settings, labels, is_mini)
     if reference == "exact":
         with reading_input("reference 'exact'"):
             values = exact_correctness(labels)
     else:
-        values = _fresh_values(settings, labels, is_mini)
+        values = _fresh_values(settings, labels, find)
         policies = {json.loads(tree["settings"]).get("policy", "") for tree in trees}
         if not all(_samples_alike(policy, settings.policy_identity()) for policy in policies):
             print(
@@ -165,19 +166,14 @@ def _samples_alike(one: str, other: str) -> bool:
         return one == other
 
 
-def _fresh_values(settings: AuditSettings, labels: "Sequence[Label]", is_mini: bool) -> "np.ndarray":
+def _problem_finder(
+    settings: AuditSettings, labels: "Sequence[Label]", is_mini: bool
+) -> Callable[[str], Mapping[str, Any]]:
     from functools import lru_cache
 
-    from mm_prm.annotation.audit import fresh_values
-    from mm_prm.chat_client import ChatServerError
-    from mm_prm.commands.progress import ProgressBar
     from mm_prm.data import load_problems
     from mm_prm.data.mini import problem_from_id
 
-    with reading_input("policy"):
-        settings.check_policy()
-    with reading_input("judge"):
-        settings.check_judge()
     if settings.problems is not None:
         with reading_input(settings.problems):
             problems, _ = load_problems(settings.problems, image_root=settings.image_root, on_bad_row="skip")
@@ -192,8 +188,21 @@ def _fresh_values(settings: AuditSettings, labels: "Sequence[Label]", is_mini: b
     def find(problem_id: str) -> Mapping[str, Any]:
         return problem_from_id(problem_id).row() if settings.problems is None else problems[places[problem_id]]
 
+    return find
+
+
+def _fresh_values(
+    settings: AuditSettings, labels: "Sequence[Label]", find: Callable[[str], Mapping[str, Any]]
+) -> "np.ndarray":
+    from mm_prm.annotation.audit import fresh_values
+    from mm_prm.chat_client import ChatServerError
+    from mm_prm.commands.progress import ProgressBar
+
     with reading_input("policy"):
-        policy = settings.open_policy()
+        settings.check_policy()
+    with reading_input("judge"):
+        settings.check_judge()
+    policy = settings.open_policy()
     with reading_input("judge"):
         judge = settings.open_judge()
     try:

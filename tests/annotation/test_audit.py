@@ -290,6 +290,7 @@ def test_a_server_that_is_gone_is_told_in_one_line(trees_file, capsys):
     [
         (["--reference", "exact"], "only the mini world knows exactly"),
         ([], "problems: are needed for fresh rollouts"),
+        (["--problems", "mini:unknown"], "write mini:SPLIT:NUMBER"),
         (["--fresh_rollouts", "0"], "fresh_rollouts = 0: give a number above 0"),
         (["--plot", "audit.txt"], "plot: audit.txt: give a name that ends in .png"),
     ],
@@ -299,3 +300,11 @@ def test_what_cannot_be_audited_is_told(arguments, message, trees, tmp_path, cap
     path.write_text(json.dumps({**trees[0], "problem_id": "other"}) + "\n")
     assert main(["audit", "--trees", str(path), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_problems_that_are_not_there_are_told_though_exact_correctness_needs_none(trees_file, capsys):
+    for problems, message in (("mini:unknown", "write mini:SPLIT:NUMBER"), ("gone.json", "gone.json")):
+        assert main(["audit", "--trees", trees_file, "--problems", problems]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["audit", "--trees", trees_file, "--problems", "mini:test:1"]) == 2
+    assert "problems of the trees are not there" in capsys.readouterr().err
