@@ -94,6 +94,25 @@ def test_a_space_needs_a_model_on_the_hub(model, tmp_path, capsys):
     assert not (tmp_path / "space").exists()
 
 
+@pytest.mark.parametrize("command", ["app", "serve", "report"])
+def test_what_stands_first_is_needed_once(command, capsys):
+    name = "folder" if command == "report" else "model"
+    for words, message in (
+        ([], f"{name}: is missing; use `mm-prm {command} {name.upper()} [settings]`"),
+        (["one", f"--{name}", "other"], f"{name}: is given twice, as 'one' and as --{name}; leave one of them out"),
+    ):
+        assert main([command, *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_had_is_named(capsys):
+    assert main(["serve", "me/misspelt"]) == 2
+    assert "mm-prm serve: model: me/misspelt: " in capsys.readouterr().err
+    if HAS_GRADIO:
+        assert main(["app", "me/misspelt"]) == 2
+        assert "mm-prm app: model: me/misspelt: " in capsys.readouterr().err
+
+
 @pytest.mark.skipif(HAS_GRADIO, reason="gradio is installed")
 def test_without_gradio(capsys):
     assert main(["app", "mini-prm"]) == 2

@@ -7,12 +7,14 @@ from pathlib import Path
 import datasets
 import pytest
 
+from mm_prm.annotation.identity import checkpoint_digest
 from mm_prm.annotation.journal import Journal
 from mm_prm.annotation.protocols import Verdict
 from mm_prm.cli import main
 from mm_prm.data import mini, validate_rows
 from mm_prm.embedded import model_path
 from mm_prm.evaluation import ToleranceJudge, stages
+from mm_prm.hub import eval_results_of
 from mm_prm.judges import RulesJudge
 
 from .chat_server import ChatServer
@@ -124,12 +126,12 @@ def test_a_server_scores_under_its_own_models_name(problems, tiny_prm_path, caps
     server = PoolingServer(tiny_prm_path)
     try:
         # In the journal of the same output, scores of mini-prm are no scores of the server's model.
-        assert main([*args, "--model_base_url", server.url]) == 0
+        assert main([*args, "--base_url", server.url]) == 0
         pools, results = read("out")
         assert results["model"] == str(tiny_prm_path) and pools[0]["step_scores"] != embedded
         assert sum(path == "/pooling" for path, _ in server.requests) == 2
         capsys.readouterr()
-        assert main([*args[:-1], "other", "--model_base_url", server.url, "--model", "mini-prm"]) == 2
+        assert main([*args[:-1], "other", "--base_url", server.url, "--model", "mini-prm"]) == 2
         assert f"serves {str(tiny_prm_path)!r} (as 'prm'), not 'mini-prm'" in capsys.readouterr().err
     finally:
         server.close()
@@ -172,7 +174,7 @@ def test_a_server_that_is_gone_is_told_in_one_line(problems, gone, capsys):
         judge = ["--judge", "llm", "--judge_model", "m", "--judge_base_urls", server.url, "--judge_max_retries", "0"]
         flags = {
             "policy": [*policy, "--policy_max_retries", "0"],
-            "scores": ["--candidates", "candidates.jsonl", "--model_base_url", scores.url],
+            "scores": ["--candidates", "candidates.jsonl", "--base_url", scores.url],
             "judge": ["--candidates", "candidates.jsonl", *judge],
         }
         assert main([*ARGS, *flags[gone], "--output", "out"]) == 2
@@ -228,3 +230,33 @@ def test_tolerance():
     assert verdict("1.249", id="other") == "wrong"
     assert judge.judge(problem, ["The answer is red."]) == RulesJudge().judge(problem, ["The answer is red."])
     assert isinstance(judge.judge(problem, ["The answer is 1.23."]), Verdict)
+
+
+def test_models_that_cannot_be_had_are_named_and_engines_have_their_settings(problems, capsys):
+    Path("candidates.jsonl").write_text(
+        json.dumps({"problem_id": problems[0]["id"], "candidates": [["The answer is 3."]]}), encoding="utf-8"
+    )
+    for flags, message in (
+        (["--policy", "me/misspelt"], "policy: me/misspelt: "),
+        (["--candidates", "candidates.jsonl", "--model", "me/misspelt"], "model: me/misspelt: "),
+        (["--engine", "vllm", "--device", "cpu"], "device: is a setting of engine 'transformers', not of 'vllm'"),
+        (["--engine", "server"], "base_url: is needed where engine is 'server'"),
+    ):
+        assert main([*ARGS, "--output", "out", *flags]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_figures_say_which_checkpoint_was_measured(problems, tiny_prm_path):
+    rows = [{"problem_id": problems[0]["id"], "candidates": [["The answer is 977."], ["The answer is 3."]]}]
+    Path("candidates.jsonl").write_text(json.dumps(rows[0]), encoding="utf-8")
+    flags = ["--candidates", "candidates.jsonl", "--model", str(tiny_prm_path), "--output", "out"]
+    assert main([*ARGS, *flags]) == 0
+    pools = ["--pools", "out/pools.parquet", "--output_json", "best.json"]
+    assert main(["best-of-n", *pools, "--model", str(tiny_prm_path), "--num_resamples", "10"]) == 0
+    figures = json.loads(Path("best.json").read_text(encoding="utf-8"))
+    digest = checkpoint_digest(tiny_prm_path)
+    assert read("out")[1]["model_checkpoint"] == figures["model_checkpoint"] == digest
+    for file in ("best.json", "out/results.json"):
+        assert eval_results_of(file, dataset="me/pools", model=tiny_prm_path)
+    with pytest.raises(ValueError, match="whose checkpoint is not that of"):
+        eval_results_of("best.json", dataset="me/pools", model=model_path("mini-prm"))

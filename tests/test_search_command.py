@@ -88,10 +88,12 @@ def test_a_server_writes_the_steps():
         (["--policy_engine", "server"], "policy_base_urls: is needed"),
         (["--engine", "server"], "base_url: is needed"),
         (["--strategy", "bfs"], "strategy: 'bfs' is not one of"),
-        (["--model", "./gone"], "./gone: there is no such folder"),
+        (["--model", "./gone"], "model: ./gone: there is no such folder"),
+        (["--model", "me/misspelt"], "model: me/misspelt: "),
+        (["--policy", "me/misspelt"], "policy: me/misspelt: "),
     ],
 )
 def test_bad_settings_are_told_in_one_line(flags, message, capsys):
     assert main([*ARGS, "--output", "pools.jsonl", *flags]) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message in error.splitlines()[-1] and "Traceback" not in error

@@ -1,6 +1,6 @@
 """One module for each command of `mm-prm`: its settings, and `main`, which parses, calls one room and prints."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -27,3 +27,25 @@ def reading_input(name: str = "", value: str | None = None) -> Iterator[None]:
         if value is not None and isinstance(error, OSError) and value not in message:
             raise InputError(f"{name}: {value}: {message}") from error
         raise InputError(message if name in message.split(":")[0] else f"{name}: {message}") from error
+
+
+def name_first(args: Sequence[str], name: str, prog: str) -> list[str]:
+    """
+    Give a command's first word the name of its setting: `app MODEL` is `app --model MODEL`.
+
+    Args:
+        args (`Sequence[str]`):
+            Words of the command line.
+        name (`str`):
+            Name of the setting.
+        prog (`str`):
+            The command, for messages.
+    """
+    words = list(args)
+    is_first = bool(words) and not words[0].startswith("-")
+    given = {word.partition("=")[0] for word in words}
+    if is_first and f"--{name}" in given:
+        raise InputError(f"{name}: is given twice, as {words[0]!r} and as --{name}; leave one of them out")
+    if not is_first and not given & {f"--{name}", "--config", "--help", "-h"}:
+        raise InputError(f"{name}: is missing; use `{prog} {name.upper()} [settings]`")
+    return [f"--{name}", *words] if is_first else words

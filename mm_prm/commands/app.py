@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mm_prm.commands import InputError, reading_input
+from mm_prm.commands import InputError, name_first, reading_input
 from mm_prm.settings import parse_settings
 
 
@@ -44,9 +44,7 @@ class AppSettings:
 
 def main(args: Sequence[str], prog: str) -> int:
     """Run the command; it ends when it is interrupted."""
-    words = list(args)
-    if words and not words[0].startswith("-"):
-        words = ["--model", *words]
+    words = name_first(args, "model", prog)
     description = f"Score solutions in the browser: {prog} MODEL [settings]"
     return run(parse_settings(AppSettings, words, prog=prog, description=description))
 
@@ -55,7 +53,7 @@ def run(settings: AppSettings) -> int:
     """Serve the application, or write it down as a Space."""
     from mm_prm.embedded import model_path
 
-    with reading_input("model"):
+    with reading_input("model", settings.model):
         path = model_path(settings.model)
     if settings.space is not None:
         return _write_space(settings.model, Path(settings.space).expanduser())
@@ -65,7 +63,7 @@ def run(settings: AppSettings) -> int:
     from mm_prm.inference import Scorer
     from mm_prm.report.app import build_app
 
-    with reading_input("model"):
+    with reading_input("model", settings.model):
         scorer = Scorer.from_pretrained(path, dtype=settings.dtype, device=settings.device)
     app = build_app(scorer, settings.model)
     with reading_input(f"{settings.host}:{settings.port}"):

@@ -28,6 +28,9 @@ class BestOfNSettings:
         pools (`str`):
             Candidate pools, as `mm-prm score` writes them: a folder, or a .parquet, .jsonl or .json file. Files with
             MM-PRM's names (`labels`, `prm_scores`, `solutions_splits`) are read, too.
+        model (`str`, *optional*):
+            Process reward model whose scores the pools have: a folder, a Hub repository, or mini-prm. Noted with the
+            figures, which `mm-prm push model --results` then takes.
         output_json (`str`, *optional*):
             Write everything the metric says there, with the curves over N.
         num_resamples (`int`, *optional*, defaults to `2000`):
@@ -41,6 +44,7 @@ class BestOfNSettings:
     """
 
     pools: str
+    model: str | None = None
     output_json: str | None = None
     num_resamples: int = 2000
     num_subsets: int = 256
@@ -64,6 +68,7 @@ def main(args: Sequence[str], prog: str) -> int:
 def run(settings: BestOfNSettings) -> int:
     """Measure, and print the table."""
     columns = read_columns(settings.pools)
+    said = {} if settings.model is None else _said_of(settings.model)
 
     from mm_prm.commands.files import write_json
     from mm_prm.metrics.best_of_n.best_of_n import BestOfN
@@ -76,9 +81,17 @@ def run(settings: BestOfNSettings) -> int:
             confidence=settings.confidence,
             seed=settings.seed,
         )
-    write_json(settings.output_json, results)
-    print_tables(results, Path(settings.pools).stem)
+    write_json(settings.output_json, said | results)
+    print_tables(results, Path(settings.model or settings.pools).stem)
     return 0
+
+
+def _said_of(model: str) -> dict[str, Any]:
+    from mm_prm.annotation.identity import checkpoint_identity
+    from mm_prm.embedded import model_path
+
+    with reading_input("model", model):
+        return {"model": model, "model_checkpoint": checkpoint_identity(model_path(model))}
 
 
 def read_columns(path: str) -> dict[str, list[Any]]:

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from mm_prm.commands import InputError, reading_input
 from mm_prm.commands.judge_settings import JudgeSettings
 from mm_prm.commands.policy_settings import PolicySettings
+from mm_prm.commands.scorer_settings import ScorerSettings
 from mm_prm.settings import parse_settings
 
 if TYPE_CHECKING:
     from mm_prm.annotation.journal import Journal
-    from mm_prm.annotation.protocols import Policy
     from mm_prm.data.benchmarks import LoadedBenchmark
 
 
 @dataclass(kw_only=True)
-class EvaluateSettings(PolicySettings, JudgeSettings):
+class EvaluateSettings(PolicySettings, JudgeSettings, ScorerSettings):
     """
     What is measured on which benchmark.
 
@@ -31,12 +31,6 @@ class EvaluateSettings(PolicySettings, JudgeSettings):
             mm-k12, olympiadbench, mathvista, mathverse, mathvision, processbench or visualprocessbench.
         output (`str`):
             Folder of the results. What is finished is kept there in a journal, and a run that was killed goes on.
-        model (`str`, *optional*):
-            Process reward model: a folder, a Hub repository, or mini-prm for the embedded one. If not given, the one that
-            the server has, and without a server mini-prm.
-        model_base_url (`str`, *optional*):
-            Address of a server that `mm-prm serve` started for the model; scores are computed in this process if not
-            given.
         candidates (`str`, *optional*):
             Solutions to score instead of the policy's: a folder, or a .parquet, .jsonl or .json file, with `problem_id`
             and `candidates` (for each candidate the list of its steps).
@@ -54,12 +48,6 @@ class EvaluateSettings(PolicySettings, JudgeSettings):
             Seed of the solutions and of the resampling.
         policy_max_new_tokens (`int`, *optional*, defaults to `1024`):
             Most tokens of a solution. One that reaches it has no answer.
-        dtype (`str`, *optional*):
-            Type of the model's weights; that of the checkpoint if not given.
-        device (`str`, *optional*):
-            Where to compute the scores, for example cuda:0; the GPU if there is one.
-        max_tokens (`int`, *optional*, defaults to `16384`):
-            Largest number of tokens of a scored batch, padding included.
         threshold (`float`, *optional*):
             For benchmarks of labelled steps: a threshold fixed beforehand, beside 0.5 and the oracle's.
         calibrate_on (`str`, *optional*):
@@ -72,8 +60,6 @@ class EvaluateSettings(PolicySettings, JudgeSettings):
 
     benchmark: str
     output: str
-    model: str | None = None
-    model_base_url: str | None = None
     candidates: str | None = None
     benchmark_path: str | None = None
     limit: int | None = None
@@ -82,9 +68,6 @@ class EvaluateSettings(PolicySettings, JudgeSettings):
     num_candidates: int = 16
     seed: int = 0
     policy_max_new_tokens: int = 1024
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    device: str | None = None
-    max_tokens: int = 16384
     threshold: float | None = None
     calibrate_on: str | None = None
     neutral: Literal["leave_out", "wrong"] = "leave_out"
@@ -95,6 +78,7 @@ class EvaluateSettings(PolicySettings, JudgeSettings):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}: give a number above 0")
+        self.check_scorer()
 
 
 def main(args: Sequence[str], prog: str) -> int:
@@ -105,10 +89,12 @@ def main(args: Sequence[str], prog: str) -> int:
 
 def run(settings: EvaluateSettings) -> int:
     """Sample, score, judge and measure; print the table."""
+    from mm_prm.annotation.identity import checkpoint_identity
     from mm_prm.annotation.journal import Journal, JournalError
     from mm_prm.chat_client import ChatServerError
     from mm_prm.commands.files import write_json
     from mm_prm.data.benchmarks import load_benchmark
+    from mm_prm.embedded import model_path
     from mm_prm.inference.served import ScoreServerError
     from mm_prm.settings import write_settings
 
@@ -126,8 +112,7 @@ def run(settings: EvaluateSettings) -> int:
         settings.check_policy()
     with reading_input("judge"):
         settings.check_judge()
-    if settings.model is None:
-        settings = replace(settings, model=_default_model(settings))
+    settings = replace(settings, model=settings.find_model())
     write_settings(output, settings)
     try:
         with Journal(output / "journal.sqlite") as journal:
@@ -142,6 +127,7 @@ def run(settings: EvaluateSettings) -> int:
         "num_benchmark_problems": len(loaded.problems),
         "policy": None if loaded.solutions or settings.candidates else settings.policy,
         "model": settings.model,
+        "model_checkpoint": checkpoint_identity(model_path(settings.find_model())),
         "answer_rule": loaded.benchmark.answer_rule,
         "left_out": loaded.left_out,
         "paper": dict(loaded.benchmark.paper),
@@ -176,16 +162,10 @@ def _measure_answers(
         chosen, candidates = _read_candidates(settings.candidates, problems["id"][:])
         problems = problems.select(chosen)
     else:
-
-        def open_policy() -> "Policy":
-            with reading_input("policy"):
-                return settings.open_policy()
-
-        with reading_input("policy"):
-            identity = settings.policy_identity()
+        identity = settings.policy_identity()
         with _progress("solutions", len(problems)) as show:
             candidates = sample_candidates(
-                problems, open_policy, identity, settings.num_candidates, settings.seed, journal, show
+                problems, settings.open_policy, identity, settings.num_candidates, settings.seed, journal, show
             )
     scores = _scores(settings, problems, candidates, journal)
     with reading_input("judge"):
@@ -276,37 +256,14 @@ def _read_candidates(path: str, problem_ids: Sequence[str]) -> tuple[list[int], 
     return chosen, [found[place] for place in chosen]
 
 
-def _default_model(settings: EvaluateSettings) -> str:
-    from mm_prm.inference import ServedScorer
-
-    if settings.model_base_url is None:
-        return "mini-prm"
-    with reading_input("model_base_url"):
-        return ServedScorer(settings.model_base_url).model
-
-
 def _scores(
     settings: EvaluateSettings, problems: Any, candidates: Sequence[Any], journal: "Journal"
 ) -> list[list[list[float]]]:
-    from mm_prm.embedded import model_path
-    from mm_prm.evaluation import score_candidates, scorer_identity
-    from mm_prm.inference import Scorer, ServedScorer
+    from mm_prm.evaluation import score_candidates
 
-    assert settings.model is not None
-    with reading_input("model"):
-        path = model_path(settings.model)
-
-    def open_scorer() -> Scorer | ServedScorer:
-        with reading_input("model"):
-            if settings.model_base_url is not None:
-                return ServedScorer(settings.model_base_url, settings.model)
-            return Scorer.from_pretrained(
-                path, dtype=settings.dtype, device=settings.device, max_tokens=settings.max_tokens
-            )
-
-    identity = scorer_identity(path, "server" if settings.model_base_url else "transformers", settings.dtype)
+    identity = settings.scorer_identity()
     with _progress("score", len(problems)) as show:
-        return score_candidates(problems, candidates, open_scorer, identity, journal, show)
+        return score_candidates(problems, candidates, settings.open_scorer, identity, journal, show)
 
 
 def _progress(name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:

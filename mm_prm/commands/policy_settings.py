@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from mm_prm.commands import reading_input
+
 if TYPE_CHECKING:
     from mm_prm.annotation.protocols import Policy
 
@@ -117,35 +119,37 @@ class PolicySettings:
         """What the policy is, for the journal's key."""
         from mm_prm.annotation.identity import describe
 
-        if self.policy_engine == "server":
-            # A server's address says nothing about its model, and may change from run to run.
-            return describe(self._opener(), None, {"model": self.policy, **self.policy_settings()})
-        return describe(self._opener(), self._path(), self.policy_settings())
+        with reading_input("policy", self.policy):
+            if self.policy_engine == "server":
+                # A server's address says nothing about its model, and may change from run to run.
+                return describe(self._opener(), None, {"model": self.policy, **self.policy_settings()})
+            return describe(self._opener(), self._path(), self.policy_settings())
 
     def open_policy(self) -> "Policy":
-        """Opens the policy: loads the model, or asks the servers."""
-        self.check_policy()
-        opener: Any = self._opener()
-        settings = self.policy_settings()
-        if self.policy_engine == "server":
-            return opener(
-                self.policy,
-                self.policy_base_urls,
-                tokenizer=self.policy_tokenizer,
-                max_concurrency=self.policy_max_concurrency,
-                timeout_seconds=self.policy_request_seconds,
-                max_retries=self.policy_max_retries,
-                **settings,
-            )
-        if self.policy_engine == "vllm":
-            engine: dict[str, Any] = {
-                "max_model_len": self.policy_max_model_len,
-                "gpu_memory_utilization": self.policy_gpu_memory_utilization,
-                "tensor_parallel_size": self.policy_tensor_parallel_size,
-            }
-            given = {name: value for name, value in engine.items() if value is not None}
-            return opener(self._path(), **settings, **given)
-        return opener(self._path(), device=self.policy_device, batch_size=self.policy_batch_size, **settings)
+        """Opens the policy: loads the model, or asks the servers; what cannot be had is told with its name."""
+        with reading_input("policy", self.policy):
+            self.check_policy()
+            opener: Any = self._opener()
+            settings = self.policy_settings()
+            if self.policy_engine == "server":
+                return opener(
+                    self.policy,
+                    self.policy_base_urls,
+                    tokenizer=self.policy_tokenizer,
+                    max_concurrency=self.policy_max_concurrency,
+                    timeout_seconds=self.policy_request_seconds,
+                    max_retries=self.policy_max_retries,
+                    **settings,
+                )
+            if self.policy_engine == "vllm":
+                engine: dict[str, Any] = {
+                    "max_model_len": self.policy_max_model_len,
+                    "gpu_memory_utilization": self.policy_gpu_memory_utilization,
+                    "tensor_parallel_size": self.policy_tensor_parallel_size,
+                }
+                given = {name: value for name, value in engine.items() if value is not None}
+                return opener(self._path(), **settings, **given)
+            return opener(self._path(), device=self.policy_device, batch_size=self.policy_batch_size, **settings)
 
     def _opener(self) -> Any:
         if self.policy_engine == "server":

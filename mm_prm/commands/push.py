@@ -33,7 +33,7 @@ class PushSettings:
         source (`str`):
             model: folder of a checkpoint, or mini-prm. dataset: folder with any of problems, trees, rows and pools (each a
             folder, a .parquet or a .jsonl file). metric: best_of_n, step_errors, or the folder of an `evaluate` module.
-            space: folder with app.py.
+            space: folder with app.py, or with the report.html of `mm-prm report`.
         repo (`str`):
             The repository, OWNER/NAME.
         private (`bool`, *optional*, defaults to `False`):
@@ -51,7 +51,8 @@ class PushSettings:
         trained_on (`list[str]`, *optional*):
             For the card of a model: data sets it was trained on.
         results (`str`, *optional*):
-            For the card of a model: figures, as `mm-prm evaluate` or `mm-prm best-of-n` write them with --output_json.
+            For the card of a model: its figures, as `mm-prm evaluate` or `mm-prm best-of-n --model` write them with
+            --output_json. Those of another checkpoint are refused.
         results_dataset (`str`, *optional*):
             Data set of these figures, where the file does not say it, or they are of a part or a local copy of a
             benchmark.
@@ -125,15 +126,17 @@ def _upload(settings: PushSettings) -> "AbstractContextManager[Upload]":
         return nullcontext(space_upload(settings.source, settings.repo))
     from mm_prm.embedded import model_path
 
-    results = settings.results
+    source, results = model_path(settings.source), settings.results
     return nullcontext(
         model_upload(
-            model_path(settings.source),
+            source,
             settings.repo,
             license=settings.license,
             base_model=settings.base_model,
             datasets=settings.trained_on or (),
-            eval_results=eval_results_of(results, settings.aggregator, settings.results_dataset) if results else (),
+            eval_results=eval_results_of(results, settings.aggregator, settings.results_dataset, source)
+            if results
+            else (),
             description=settings.description,
         )
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_prm.commands import InputError, reading_input
+from mm_prm.commands import InputError, name_first, reading_input
 from mm_prm.settings import parse_settings
 
 if TYPE_CHECKING:
@@ -64,9 +64,7 @@ class ReportSettings:
 
 def main(args: Sequence[str], prog: str) -> int:
     """Run the command; returns its exit status."""
-    words = list(args)
-    if words and not words[0].startswith("-"):
-        words = ["--folder", *words]
+    words = name_first(args, "folder", prog)
     description = f"Write a report of results: {prog} FOLDER [settings]"
     return run(parse_settings(ReportSettings, words, prog=prog, description=description))
 

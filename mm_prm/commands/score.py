@@ -124,14 +124,9 @@ def _scores(
     from mm_prm.commands.progress import ProgressBar
     from mm_prm.evaluation import score_candidates
 
-    def open_scorer() -> Any:
-        with reading_input(settings.base_url or "model"):
-            return settings.open_scorer()
-
-    with reading_input(settings.base_url or "model"):
-        identity = settings.scorer_identity()
+    identity = settings.scorer_identity()
     with _reading_scores(), ProgressBar("score", len(problems)) as bar:
-        return score_candidates(problems, candidates, open_scorer, identity, journal, bar.update)
+        return score_candidates(problems, candidates, settings.open_scorer, identity, journal, bar.update)
 
 
 @contextmanager

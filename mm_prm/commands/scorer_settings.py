@@ -1,11 +1,15 @@
 """Which process reward model a command uses: its settings, and the scorer they stand for."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from mm_prm.commands import reading_input
 
 if TYPE_CHECKING:
     from mm_prm.inference import Scorer, ServedScorer, VLLMScorer
 
+_DEFAULT_MODEL = "mini-prm"
 # What each engine alone understands: a setting of another engine would be ignored in silence.
 _OF_ENGINE = {
     "transformers": ("device", "max_tokens", "share_prefix"),
@@ -73,41 +77,54 @@ class ScorerSettings:
                     raise ValueError(f"{name}: is a setting of engine {owner!r}, not of {engine!r}")
 
     def open_scorer(self) -> "Scorer | VLLMScorer | ServedScorer":
-        """Opens the scorer: loads the model, or asks the server."""
+        """Opens the scorer: loads the model, or asks the server; what cannot be had is told with its name."""
+        from mm_prm.embedded import model_path
         from mm_prm.inference import Scorer, ServedScorer, VLLMScorer
 
-        if self.base_url is not None:
-            return ServedScorer(self.base_url, self.model, max_concurrency=self.max_concurrency)
-        if self._model_engine() == "vllm":
-            engine: dict[str, Any] = {
-                "gpu_memory_utilization": self.gpu_memory_utilization,
-                "tensor_parallel_size": self.tensor_parallel_size,
-            }
-            given = {name: value for name, value in engine.items() if value is not None}
-            try:
-                return VLLMScorer(self._model_path(), dtype=self.dtype, max_model_len=self.max_model_len, **given)
-            except ImportError as error:
-                raise ValueError(str(error)) from error
-        return Scorer.from_pretrained(
-            self._model_path(),
-            dtype=self.dtype,
-            device=self.device,
-            max_tokens=self.max_tokens,
-            share_prefix=self.share_prefix,
-        )
+        with self._reading_model():
+            if self.base_url is not None:
+                return ServedScorer(self.base_url, self.model, max_concurrency=self.max_concurrency)
+            path = model_path(self.model or _DEFAULT_MODEL)
+            if self._model_engine() == "vllm":
+                engine: dict[str, Any] = {
+                    "gpu_memory_utilization": self.gpu_memory_utilization,
+                    "tensor_parallel_size": self.tensor_parallel_size,
+                }
+                given = {name: value for name, value in engine.items() if value is not None}
+                try:
+                    return VLLMScorer(path, dtype=self.dtype, max_model_len=self.max_model_len, **given)
+                except ImportError as error:
+                    raise ValueError(str(error)) from error
+            return Scorer.from_pretrained(
+                path,
+                dtype=self.dtype,
+                device=self.device,
+                max_tokens=self.max_tokens,
+                share_prefix=self.share_prefix,
+            )
+
+    def find_model(self) -> str:
+        """The model's name: the one that is set, that of the server, or else of the embedded one."""
+        from mm_prm.inference import ServedScorer
+
+        if self.model is not None or self.base_url is None:
+            return self.model or _DEFAULT_MODEL
+        with self._reading_model():
+            return ServedScorer(self.base_url).model
 
     def scorer_identity(self) -> str:
         """What gives the scores, for the journal's key. A server is asked which model it has, if none is given."""
+        from mm_prm.embedded import model_path
         from mm_prm.evaluation import scorer_identity
-        from mm_prm.inference import ServedScorer
 
-        path = ServedScorer(self.base_url).model if self.base_url and not self.model else self._model_path()
-        return scorer_identity(path, self._model_engine(), self.dtype)
+        model = self.find_model()
+        with self._reading_model():
+            return scorer_identity(model_path(model), self._model_engine(), self.dtype)
 
     def _model_engine(self) -> str:
         return self.engine or ("transformers" if self.base_url is None else "server")
 
-    def _model_path(self) -> str:
-        from mm_prm.embedded import model_path
-
-        return model_path(self.model or "mini-prm")
+    def _reading_model(self) -> AbstractContextManager[None]:
+        if self.base_url is not None:
+            return reading_input("base_url", self.base_url)
+        return reading_input("model", self.model or _DEFAULT_MODEL)

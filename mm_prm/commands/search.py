@@ -162,20 +162,11 @@ def _results(settings: SearchSettings, problems: Any, config: "SearchConfig", jo
     from mm_prm.evaluation import search_candidates
     from mm_prm.inference.served import ScoreServerError
 
-    def open_policy() -> Any:
-        with reading_input("policy"):
-            return settings.open_policy()
-
-    def open_scorer() -> Any:
-        with reading_input(settings.base_url or "model"):
-            return settings.open_scorer()
-
-    with reading_input("policy"):
-        policy_identity = settings.policy_identity()
-    with reading_input(settings.base_url or "model"):
-        identity = f"{policy_identity} {settings.scorer_identity()}"
+    identity = f"{settings.policy_identity()} {settings.scorer_identity()}"
     try:
         with ProgressBar("search", len(problems)) as bar:
-            return search_candidates(problems, open_policy, open_scorer, identity, config, journal, bar.update)
+            return search_candidates(
+                problems, settings.open_policy, settings.open_scorer, identity, config, journal, bar.update
+            )
     except (ChatServerError, ScoreServerError) as error:
         raise InputError(str(error)) from error

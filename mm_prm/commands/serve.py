@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mm_prm.commands import InputError, reading_input
+from mm_prm.commands import InputError, name_first, reading_input
 from mm_prm.settings import is_secret, parse_settings
 
 
@@ -52,11 +52,9 @@ def main(args: Sequence[str], prog: str) -> int:
     words = list(args)
     own = words[: words.index("--")] if "--" in words else words
     further = words[len(own) + 1 :]
-    if own and not own[0].startswith("-"):
-        own = ["--model", *own]
     settings = parse_settings(
         ServeSettings,
-        own,
+        name_first(own, "model", prog),
         prog=prog,
         description=f"Serve a process reward model with vLLM: {prog} MODEL [settings] [-- any flags of `vllm serve`]",
     )
@@ -70,6 +68,8 @@ def run(settings: ServeSettings, further: Sequence[str] = ()) -> int:
 
     with reading_input("model", settings.model):
         path = model_path(settings.model)
+        if Path(path).is_dir():  # clients are told where the server has the model from: "a/b" would be a repository
+            path = str(Path(path).resolve())
         arguments = vllm_arguments(
             path, dtype=settings.dtype, max_model_len=settings.max_model_len, max_images=settings.max_images
         )

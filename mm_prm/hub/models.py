@@ -97,7 +97,9 @@ def model_upload(
     return Upload(repo_id, "model", files, f"Push {repo_id.split('/')[-1]} with mm-prm")
 
 
-def eval_results_of(path: str | Path, aggregator: str = "min", dataset: str | None = None) -> list[EvalResult]:
+def eval_results_of(
+    path: str | Path, aggregator: str = "min", dataset: str | None = None, model: str | Path | None = None
+) -> list[EvalResult]:
     """
     Read the figures of a card from what `mm-prm evaluate` or `mm-prm best-of-n` wrote as JSON.
 
@@ -109,6 +111,8 @@ def eval_results_of(path: str | Path, aggregator: str = "min", dataset: str | No
         dataset (`str`, *optional*):
             Data set that was measured. Known where `mm-prm evaluate` wrote the file and measured all of a benchmark as
             the Hub has it.
+        model (`str` or `Path`, *optional*):
+            Folder of the checkpoint that the card is of: figures of another one are refused. Not checked if not given.
     """
     from mm_prm.data.benchmarks import BENCHMARKS
 
@@ -117,6 +121,8 @@ def eval_results_of(path: str | Path, aggregator: str = "min", dataset: str | No
         report = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: broken JSON, line {error.lineno}: {error.msg}") from error
+    if model is not None:
+        _check_model(file, report if isinstance(report, Mapping) else {}, model)
     results = report.get("metrics", report) if isinstance(report, Mapping) else {}
     benchmark = BENCHMARKS.get(report.get("benchmark", "")) if isinstance(report, Mapping) else None
     if benchmark is not None and dataset is None:
@@ -150,6 +156,22 @@ def eval_results_of(path: str | Path, aggregator: str = "min", dataset: str | No
     return [
         dataclasses.replace(figure, metric_name=", ".join([str(figure.metric_name), *scope])) for figure in figures
     ]
+
+
+def _check_model(file: Path, report: Mapping[str, Any], model: str | Path) -> None:
+    from mm_prm.annotation.identity import checkpoint_identity
+
+    measured = report.get("model_checkpoint")
+    if measured is None:
+        raise ValueError(
+            f"{file}: does not say which model was measured; `mm-prm evaluate` says it, and so does `mm-prm best-of-n "
+            "--model MODEL`"
+        )
+    if measured != checkpoint_identity(Path(model).expanduser()):
+        raise ValueError(
+            f"{file}: was measured with {report.get('model')}, whose checkpoint is not that of {model}, or has changed "
+            "since; measure the model that is pushed"
+        )
 
 
 def _not_the_benchmark(report: Mapping[str, Any]) -> str | None:

@@ -48,17 +48,28 @@ def _description(folder: Path) -> tuple[str, str]:
 
 def space_upload(source: str | Path, repo_id: str) -> Upload:
     """
-    Put together what an application's Space holds: all files of a folder.
+    Put together what a Space holds: the files of an application, or the page of a report.
 
     Args:
         source (`str` or `Path`):
-            Folder with `app.py`. Without a README.md that names an `sdk`, a card for Gradio is written.
+            Folder with `app.py`, of which all files go; without a README.md that names an `sdk`, a card for Gradio is
+            written. Or a folder with the `report.html` of `mm-prm report`, which goes alone, as a static page.
         repo_id (`str`):
             The repository, `owner/name`.
     """
     folder = Path(source).expanduser()
+    title = repo_id.split("/")[-1]
     if not (folder / "app.py").is_file():
-        raise ValueError(f"{folder}: holds no app.py; give the folder of an application")
+        report = folder / "report.html"
+        if not report.is_file():
+            raise ValueError(
+                f"{folder}: holds no app.py and no report.html; give the folder of an application or a report"
+            )
+        page: dict[str, Path | bytes] = {
+            "index.html": report,
+            "README.md": _space_card(SpaceCardData(title=title, sdk="static", tags=[TAG])),
+        }
+        return Upload(repo_id, "space", page, f"Push {title} with mm-prm", space_sdk="static")
     files: dict[str, Path | bytes] = {
         file.relative_to(folder).as_posix(): file
         for file in sorted(folder.rglob("*"))
@@ -71,10 +82,12 @@ def space_upload(source: str | Path, repo_id: str) -> Upload:
         if TAG not in (data.get("tags") or []):
             raise ValueError(f"{card}: add the tag `{TAG}`, by which a later push knows its repository")
     else:
-        title = repo_id.split("/")[-1]
-        written = SpaceCardData(title=title, sdk="gradio", app_file="app.py", tags=[TAG])
-        files["README.md"] = str(SpaceCard(f"---\n{written.to_yaml()}\n---\n\n# {title}\n")).encode()
-    return Upload(repo_id, "space", files, f"Push {repo_id.split('/')[-1]} with mm-prm", space_sdk=sdk)
+        files["README.md"] = _space_card(SpaceCardData(title=title, sdk="gradio", app_file="app.py", tags=[TAG]))
+    return Upload(repo_id, "space", files, f"Push {title} with mm-prm", space_sdk=sdk)
+
+
+def _space_card(data: SpaceCardData) -> bytes:
+    return str(SpaceCard(f"---\n{data.to_yaml()}\n---\n\n# {data.title}\n")).encode()
 
 
 def app_files(model: str, title: str) -> dict[str, str]:

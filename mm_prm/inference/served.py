@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -93,6 +94,7 @@ class ServedScorer:
         self.max_concurrency = max_concurrency
         self.timeout_seconds = timeout_seconds
         self._session = _session(max_concurrency, max_retries, api_key or os.environ.get("VLLM_API_KEY"))
+        self.close = weakref.finalize(self, self._session.close)
         self._served_name, root = self._find_model()
         self.model = root if model is None else os.fspath(model)
         self.processor = self._load_processor(self.model)

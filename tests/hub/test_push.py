@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from mm_prm.annotation.identity import checkpoint_identity
 from mm_prm.data import RowConfig, mini, trees_to_rows
 from mm_prm.data.features import FEATURES
 from mm_prm.hub import eval_results_of
@@ -68,7 +69,11 @@ def test_model_round_trip(hub, session, model, tmp_path):
     results = {"num_candidates": 4, "pass@1": estimate, "uninformative": estimate, "oracle": estimate}
     results |= {"best_of_n": {"min": estimate}, "weighted_majority": {"min": estimate}}
     (tmp_path / "results.json").write_text(
-        json.dumps(WHOLE_MATHVISTA | {"policy": str(tmp_path), "metrics": results}), encoding="utf-8"
+        json.dumps(
+            WHOLE_MATHVISTA
+            | {"policy": str(tmp_path), "model_checkpoint": checkpoint_identity(model), "metrics": results}
+        ),
+        encoding="utf-8",
     )
     args = ("model", model, "me/prm", "--license", "apache-2.0", "--results", tmp_path / "results.json", "--private")
     answer = session.push(*args, "--trained_on", "me/trees")
@@ -130,6 +135,19 @@ def test_figures_of_a_part_or_a_copy_are_none_of_the_benchmark(change, message, 
         assert {(figure.dataset_type, figure.dataset_name) for figure in figures} == {(dataset, name)}
         problems = f"{report['num_problems']:,} problems, policy owner/vlm"
         assert figures[0].metric_name == f"F1, threshold 0.5, mean of subsets, {problems}"
+
+
+def test_figures_of_another_model_are_refused(session, model, tmp_path):
+    file = tmp_path / "results.json"
+    report = {"model": "me/another", "best_of_n": {}, "num_candidates": 4}
+    for checkpoint, message in (
+        ({"model_checkpoint": "0" * 64}, "was measured with me/another, whose checkpoint is not that of"),
+        ({"model_checkpoint": ["me/another", "f" * 40]}, "was measured with me/another"),
+        ({}, "does not say which model was measured"),
+    ):
+        file.write_text(json.dumps(report | checkpoint), encoding="utf-8")
+        answer = session.push("model", model, "me/never", "--results", file, "--results_dataset", "me/trees")
+        assert message in refused(answer, status=2)
 
 
 def test_data_round_trip(hub, session, tables):
@@ -328,7 +346,7 @@ def test_a_card_that_the_hub_refuses(hub, session, model):
         (["model", "nowhere", "me/x"], "nowhere: there is no such folder"),
         (["model", ".", "me/x"], "holds no config.json"),
         (["dataset", ".", "me/x"], "holds none of problems, trees, rows, pools"),
-        (["space", ".", "me/x"], "holds no app.py"),
+        (["space", ".", "me/x"], "holds no app.py and no report.html"),
         (["metric", "bleu", "me/bleu"], "holds no bleu.py"),
         (["model", "mini-prm", "x"], "repository 'x': give owner/name"),
         (["thing", "a", "me/x"], "kind"),

@@ -186,3 +186,9 @@ def test_vllm_is_opened_with_its_settings(args, monkeypatch):
 def test_without_vllm_one_line_says_so(args, capsys):
     assert main([*args, "--output", "scored.jsonl", "--engine", "vllm"]) == 2
     assert "model: vLLM cannot be imported" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_had_is_named_in_one_line(args, capsys):
+    assert main([*args[:-1], "me/misspelt", "--output", "scored.jsonl"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("mm-prm score: model: me/misspelt: ")

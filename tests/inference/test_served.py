@@ -266,3 +266,12 @@ def test_command_line(server, tmp_path, capsys, monkeypatch):
     assert "has no /pooling" in capsys.readouterr().err
     assert main([*args, "--base_url", server.url, "--dtype", "float32"]) == 2
     assert "dtype: the server decides that" in capsys.readouterr().err
+
+
+def test_closing_ends_its_connections(server, problems):
+    scorer = ServedScorer(server.url)
+    scorer.score(problems[:1], [[["The answer is 1."]]])
+    assert scorer.close.alive
+    scorer.close()
+    assert not scorer.close.alive
+    assert not any(len(adapter.poolmanager.pools) for adapter in scorer._session.adapters.values())

@@ -13,6 +13,7 @@ import pytest
 from transformers import Gemma2Config
 
 from mm_prm.cli import main
+from mm_prm.commands import serve
 from mm_prm.embedded import model_path
 from mm_prm.inference import VLLMScorer
 from mm_prm.inference.vllm import vllm_arguments
@@ -149,3 +150,11 @@ def test_the_command_is_printed_and_becomes_the_server(tmp_path):
     pooling = json.loads(words[words.index("--pooler-config") + 1])
     assert pooling["tok_pooling_type"] == "STEP"
     assert words[words.index("--served-model-name") + 1] == "mini-prm"
+
+
+def test_the_server_is_told_a_folders_whole_path(tiny_prm_path, monkeypatch, capsys):
+    monkeypatch.chdir(Path(tiny_prm_path).parent)
+    monkeypatch.setattr(serve, "_launcher", lambda path: None)
+    assert main(["serve", Path(tiny_prm_path).name]) == 2
+    # "prm" alone would be a repository of the Hub to whoever asks the server where its model is from.
+    assert f"vllm serve {Path(tiny_prm_path).resolve()} " in capsys.readouterr().err
