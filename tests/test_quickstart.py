@@ -12,6 +12,8 @@ from mm_prm.policies.transformers import TransformersPolicy
 from mm_prm.quickstart import QuickstartConfig
 from mm_prm.trainer import PRMTrainer
 
+from .hub.conftest import hub, session  # noqa: F401
+
 SIZE = {
     "num_problems": 3,
     "num_rollouts": 2,
@@ -70,10 +72,54 @@ def test_the_three_models_give_three_scores(first):
     assert len(set(scores)) == 3
 
 
+def test_what_it_made_goes_to_the_hub_and_comes_back(first, hub, session):  # noqa: F811
+    folder, results = first
+    model = folder / "stages" / "prm_after"
+    figures = ("--results", folder / "prm_after.json", "--results_dataset", "me/trees")
+    for args in (
+        ("dataset", folder / "data", "me/trees", "--license", "mit"),
+        ("model", model, "me/prm", "--license", "mit", "--trained_on", "me/trees", *figures),
+        ("metric", "best_of_n", "me/best_of_n"),
+        ("space", folder, "me/report"),
+    ):
+        answer = session.push(*args)
+        assert answer["status"] == 0, answer["err"]
+    pushed = hub.repositories["model", "me/prm"].branches["main"]
+    card = pushed["README.md"].decode()
+    assert "Best-of-4 (min)" in card and "label_mode: hard" in card and "mini-policy" in card
+    assert str(folder) not in card and ".quickstart.json" not in pushed
+    page = hub.repositories["space", "me/report"].branches["main"]
+    assert page["index.html"] == (folder / "report.html").read_bytes() and b"sdk: static" in page["README.md"]
+    answer = session.push("model", "mini-prm", "me/other", *figures)
+    assert answer["status"] == 2 and "whose checkpoint is not that of" in answer["err"]
+
+    found = session.run(
+        "import evaluate\n"
+        "from datasets import load_dataset\n"
+        "from mm_prm.data import MMK12\n"
+        "from mm_prm.inference import Scorer\n"
+        "problems = MMK12.from_hub('me/trees')\n"
+        "places = {problem_id: place for place, problem_id in enumerate(problems['id'])}\n"
+        "pools = load_dataset('me/trees', 'pools', split='train')\n"
+        "scores = Scorer.from_pretrained('me/prm', dtype='float32', device='cpu').score(\n"
+        "    [problems[places[name]] for name in pools['problem_id']], pools['candidates'])\n"
+        "columns = {name: pools[name][:] for name in ('correct', 'answers', 'candidates')}\n"
+        "figures = evaluate.load('me/best_of_n').compute(**columns, step_scores=scores)\n"
+        "result = [figures['best_of_n'], load_dataset('me/trees', 'trees', split='train')['problem_id'][:]]"
+    )
+    own = {name: entry["value"] for name, entry in results["prm_after"].items()}
+    assert {name: entry["value"] for name, entry in found[0].items()} == pytest.approx(own)
+    assert len(found[1]) == SIZE["num_problems"]
+
+
 def test_a_second_run_reuses_what_is_done(first, monkeypatch):
     folder, results = first
     # (The identity of a policy counts the defaults of `__init__`, which therefore stays.)
-    for opened, name in ((TransformersPolicy, "from_pretrained"), (Scorer, "from_pretrained"), (PRMTrainer, "__init__")):
+    for opened, name in (
+        (TransformersPolicy, "from_pretrained"),
+        (Scorer, "from_pretrained"),
+        (PRMTrainer, "__init__"),
+    ):
         monkeypatch.setattr(opened, name, _refuse)
     again = quickstart(folder)
     stages = {"annotate", "train", "sample", "score prm_before", "score prm_after", "score prm_shipped"}

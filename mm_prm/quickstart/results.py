@@ -1,10 +1,15 @@
-"""From scored candidates to the numbers of `results.json`."""
+"""From scored candidates to the numbers of `results.json`, and to the data that `mm-prm push dataset` takes."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 
+from mm_prm.commands.files import write_rows
+from mm_prm.data import mini
+from mm_prm.data.features import FEATURES
 from mm_prm.inference import AGGREGATORS
 from mm_prm.metrics.best_of_n.best_of_n import BestOfN
 from mm_prm.metrics.best_of_n.estimates import best_of_n_curve, bootstrap_interval, bootstrap_means, difference
@@ -87,3 +92,40 @@ def _chosen(pools: Sequence[Row], scores: Scores, aggregator: str) -> np.ndarray
             for pool, candidates in zip(pools, scores, strict=True)
         ]
     )
+
+
+def write_data(
+    folder: Path,
+    trees: Sequence[Row],
+    rows: Sequence[Row],
+    problems: Sequence[Row],
+    pools: Sequence[Row],
+    scores: Scores,
+) -> None:
+    """
+    Write what this run made: the trees with their rows, the scored candidates, and the problems of both.
+
+    Args:
+        folder (`Path`):
+            Folder for the tables.
+        trees (`Sequence[Mapping[str, Any]]`):
+            Trees annotated in this run.
+        rows (`Sequence[Mapping[str, Any]]`):
+            Stepwise rows; those of other trees are left out.
+        problems (`Sequence[Mapping[str, Any]]`):
+            Problems of the candidates.
+        pools (`Sequence[Mapping[str, Any]]`):
+            Candidate pools.
+        scores (`Sequence[Sequence[Sequence[float]]]`):
+            Step scores of their candidates.
+    """
+    folder.mkdir(exist_ok=True)
+    annotated = {tree["problem_id"]: mini.problem_from_id(tree["problem_id"]).row() for tree in trees}
+    own_rows = [{name: row[name] for name in FEATURES["stepwise"]} for row in rows if row["problem_id"] in annotated]
+    scored = [{**pool, "step_scores": each} for pool, each in zip(pools, scores, strict=True)]
+    all_problems = datasets.Dataset.from_list([*annotated.values(), *problems], features=FEATURES["problem"])
+    all_problems.to_parquet(folder / "problems.parquet")
+    write_rows("tree", trees, folder / "trees.parquet")
+    if own_rows:  # a few small trees may all be unanimous
+        write_rows("stepwise", own_rows, folder / "rows.parquet")
+    write_rows("pool", scored, folder / "pools.parquet")

@@ -20,8 +20,9 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
     Annotate mini problems, train a process reward model, and measure what it adds to Best-of-N.
 
     Everything is computed here and now, with what comes with the package and without a network. Written into
-    `config.output_dir` are `report.html`, `curve.png` and `results.json`; the terminal shows one search tree and the
-    tables. What a run has finished is taken up by the next one with the same settings.
+    `config.output_dir` are `report.html`, `curve.png` and `results.json`; `data` and `prm_after.json`, the data and the
+    figures of the model trained in this run, for `mm-prm push`; the terminal shows one search tree and the tables. What a
+    run has finished is taken up by the next one with the same settings.
 
     Args:
         config ([`QuickstartConfig`]):
@@ -37,10 +38,11 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
     folder = Path(config.output_dir).expanduser()
     write_settings(folder, config)
 
+    from mm_prm.annotation.identity import checkpoint_digest
     from mm_prm.data import mini
     from mm_prm.embedded import embedded_path
     from mm_prm.quickstart import display
-    from mm_prm.quickstart.results import assemble, measure
+    from mm_prm.quickstart.results import assemble, measure, write_data
     from mm_prm.quickstart.stages import Stages, quiet_libraries
 
     console = display.console()
@@ -104,6 +106,9 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
             plot_folder=folder,
         )
         (folder / "report.html").write_text(page, encoding="utf-8")
+        write_data(folder / "data", trees, rows, problems, pools, scores["prm_after"])
+        figures = {"model": trained.name, "model_checkpoint": checkpoint_digest(trained), **metric["prm_after"]}
+        (folder / "prm_after.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     results |= {
         "rows": row_report,
         "training": training,

@@ -7,6 +7,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from mm_prm.models import create_process_reward_model
 from mm_prm.policies.transformers import TransformersPolicy
 from mm_prm.quickstart.config import QuickstartConfig
 from mm_prm.quickstart.kept import key_of, read_kept, write_kept
+from mm_prm.settings import write_settings
 from mm_prm.trainer import PRMConfig, PRMTrainer
 
 Row = Mapping[str, Any]
@@ -45,6 +47,15 @@ POLICY_SETTINGS: dict[str, Any] = {
 # Batches that stay in a processor's caches are the fastest on it.
 _POLICY_BATCH_SIZE = 128
 _PROBLEMS_PER_CALL = 25
+# Beside a checkpoint and no part of it
+_KEPT = ".quickstart.json"
+
+
+@dataclass
+class _Start:
+    """What training started from, for the model's card."""
+
+    model: str = "mini-policy"
 
 
 class Stages:
@@ -124,13 +135,13 @@ class Stages:
         """The policy as a process reward model with untrained reward tokens."""
         folder = self.folder / "prm_before"
         key = key_of(self.policy_identity, self.config.seed)
-        if read_kept(folder / "quickstart.json", key) is None:
+        if read_kept(folder / _KEPT, key) is None:
             model, processor = create_process_reward_model(
                 embedded_path("mini_policy"), seed=self.config.seed, dtype=torch.float32
             )
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
-            write_kept(folder / "quickstart.json", key, {})
+            write_kept(folder / _KEPT, key, {})
         return folder
 
     def train(self, rows: Sequence[Row], untrained: Path) -> tuple[Path, dict[str, Any]]:
@@ -151,7 +162,7 @@ class Stages:
         }
         texts = [[row["problem_id"], row["completions"], row["labels"]] for row in rows]
         key = key_of(self.policy_identity, settings, texts)
-        kept = read_kept(folder / "quickstart.json", key)
+        kept = read_kept(folder / _KEPT, key)
         if kept is not None:
             self.reused.append("train")
             return folder, kept
@@ -170,9 +181,10 @@ class Stages:
             trainer.add_callback(_ShowSteps(bar))
             trainer.train()
         trainer.save_model()
+        write_settings(folder, (_Start(), arguments))
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         result = {"steps": config.train_steps, "rows": config.train_steps * config.train_batch_size, "losses": losses}
-        write_kept(folder / "quickstart.json", key, result)
+        write_kept(folder / _KEPT, key, result)
         return folder, result
 
     def sample(self, problems: Sequence[Row]) -> tuple[list[dict[str, Any]], list[bool]]:
