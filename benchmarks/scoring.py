@@ -212,7 +212,8 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
             gpu_memory_utilization=args.gpu_memory_utilization,
             enforce_eager=args.device == "cpu",
         )
-        memory["vLLM"] = before - free_memory(args)
+        if args.device.startswith("cuda"):
+            memory["vLLM"] = before - free_memory(args)
     shared = Scorer.from_pretrained(prm, dtype=args.dtype, device=args.device, max_tokens=args.max_tokens)
     model, processor = shared.model, shared.processor
     print(
