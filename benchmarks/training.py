@@ -1,6 +1,6 @@
 """
-    python benchmarks/training.py
-    python benchmarks/training.py --workloads trees --num_trees 4 --repeats 3
+    python benchmarks/training.py --repeats 3 --output_json training.json
+    python benchmarks/training.py --repeats 3 --workloads trees --num_trees 4
 
 Forward and backward pass of a training step, gradient checkpointing on and vision tower frozen, on a stock Qwen2.5-VL with
 random weights in bfloat16; batches are formed beforehand, as workers of the data loader do. The workloads:
@@ -18,7 +18,7 @@ version 1.13. All but the last compute one loss, which is checked.
 Beside step labels a second: the model's own arithmetic (6 floating point operations a parameter of the language model's
 layers and token that is no padding, 2 a parameter of the frozen vision tower and patch, and attention; recomputation,
 output heads and what masks hide not counted) as a share of what a large matrix product reaches on the device, and the
-most memory that was allocated.
+most memory that was allocated. Each table is written when it is complete.
 """
 
 import argparse
@@ -74,6 +74,7 @@ def main() -> None:
         for workload in args.workloads:
             if workload != "text":
                 tables.append(measure(args, workload, rows_of(args, workload), ours, stock, peak))
+                report(args, tables)
         del ours, stock
     if "text" in args.workloads:
         config = text_config(args)
@@ -81,7 +82,7 @@ def main() -> None:
         with torch.device(args.device):
             classifier = AutoModelForTokenClassification.from_config(config, dtype=getattr(torch, args.dtype))
         tables.append(measure(args, "text", rows_of(args, "text"), ours, stock, peak, prepare(classifier)))
-    report(args, tables)
+        report(args, tables)
 
 
 def rows_of(args: argparse.Namespace, workload: str) -> EncodedRows:
@@ -147,6 +148,8 @@ def measure(
     classifier: PreTrainedModel | None = None,
 ) -> dict:
     """Checks that the ways compute one loss, times them and adds tokens, share of the peak and memory to their table."""
+    # Kernels are compiled for each shape, and torch gives up after a few
+    torch._dynamo.reset()
     padded = on_device(padded_batch(ours, rows), args)
     one_by_one, _ = packed_batch(ours, rows, share_prefixes=False)
     tree, depths = packed_batch(ours, rows, share_prefixes=True)

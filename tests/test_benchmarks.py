@@ -63,3 +63,20 @@ def test_benchmark_runs(name, arguments, variants, tmp_path, monkeypatch, capsys
             assert row[f"{table['unit']}_per_second"] == pytest.approx(table["amount"] / row["seconds"]["median"])
             assert f"{row['times_baseline']['median']:.2f} (" in printed
         assert table.get("largest_difference", 0) < 1e-5
+
+
+def test_benchmark_of_two_gpus_trains_as_one_of_its_launches(tmp_path, monkeypatch):
+    script, output = BENCHMARKS / "two_gpus.py", tmp_path / "rates.json"
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    # As `accelerate launch` starts it
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    shape = "--dtype float32 --num_layers 1 --hidden_size 32 --vision_depth 8 --vision_size 16 --vocab_size 1100 --num_trees 1 "
+    shape += "--pairs 2 --image_height 8 --image_width 8 --question_tokens 10 --solution_tokens 20 --num_steps 4"
+    command = f"{script} {shape} --steps 4 --warmups 2 --workers 0 --output_json {output}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    runpy.run_path(str(script), run_name="__main__")
+    rates = json.loads(output.read_text())
+    assert rates["num_processes"] == 1
+    # 4 rows of 4 steps each
+    assert rates["step_labels_per_second"] == pytest.approx(16 / rates["seconds_a_step"]["median"])

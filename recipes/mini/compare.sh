@@ -3,7 +3,7 @@
 # paired over problems.
 #
 #   recipes/mini/compare.sh tree_against_none         does packing the rows of a tree cost quality? On the shipped trees
-#   recipes/mini/compare.sh adaptive_against_fixed    do labels of adaptive rollouts? Both kinds annotated here
+#   recipes/mini/compare.sh adaptive_against_fixed    do labels of adaptive rollouts, half as many, against 16 at each prefix?
 #
 # Made for one GPU, on which both trainings run at once: TRAIN='--tf32 true --dataloader_num_workers 4'. On two CPU cores
 # JOBS=1 STEPS=60 BATCH=16 SCALE=0.1 takes the better part of an hour. CANDIDATES takes up those of another run.
@@ -13,6 +13,7 @@ first=${comparison%_against_*} second=${comparison#*_against_}
 out=${OUTPUT:-outputs/$comparison}
 policy=${POLICY:-mini-policy}
 here=$(dirname "$0")
+annotated=mini:annotation:${PROBLEMS:-2000}:6000  # none of the shipped trees' problems
 mkdir -p "$out/rows" "$out/trees"
 export TOKENIZERS_PARALLELISM=false
 
@@ -22,14 +23,15 @@ both() {  # COMMAND FIRST; COMMAND SECOND: at once, or one after the other with 
   "$1" "$second" & local other=$!
   wait $one && wait $other
 }
-annotate() {  # adaptive: the same problems and as many rollouts at a prefix at most
+annotate() {  # adaptive: the same problems with half the rollouts
+  local budget=${BUDGET:-160} adaptive=false
+  [ "$1" != adaptive ] || { budget=$((budget / 2)); adaptive=true; }
   [ -e "$out/trees/$1.parquet" ] || python3 -m mm_prm.cli annotate --config "$here/annotate.yaml" --policy "$policy" \
-    --problems "mini:annotation:${PROBLEMS:-2000}:${FIRST_PROBLEM:-6000}" --num_rollouts 16 --rollout_budget "${BUDGET:-160}" \
-    --adaptive_rollouts "$([ "$1" = adaptive ] && echo true || echo false)" \
+    --problems "$annotated" --num_rollouts 16 --rollout_budget $budget --adaptive_rollouts $adaptive \
     --output "$out/trees/$1.parquet" --output_json "$out/trees/$1.json"
 }
 train() {
-  local packing=tree problems="mini:annotation:${PROBLEMS:-2000}:${FIRST_PROBLEM:-6000}"
+  local packing=tree problems=$annotated
   [ "$1" != none ] || packing=none
   [ "$comparison" = adaptive_against_fixed ] || problems=mini:annotation:2000
   python3 -m mm_prm.train --config "$here/train.yaml" --problems "$problems" --model "$policy" --packing $packing \
