@@ -8,10 +8,11 @@
     python recipes/mini/grpo.py --table outputs/grpo/{none,process,outcome,both,sum_logit}/grpo.json
 
 Each run trains on problems of the split `annotation` and then measures on held-out problems of the splits `test` and
-`test_ood` (question types that neither this training nor the reward model's has seen): pass@1, the share of samples whose
-every step is right, which the mini world knows, and the process reward. A reward that rises while the truth does not is
-reward hacking. The table compares each run with the first, with intervals over the same problems. On one CPU core a step
-of 64 completions takes about 10 seconds. For a GPU (not run yet): `--completions 512 --steps 200 --problems 1000`.
+`test_ood` (question types, and wordings with a wrong method, that neither this training nor the reward model's has seen):
+pass@1, the share of samples whose every step is right, which the mini world knows, and the process reward. A reward that
+rises while the truth does not is reward hacking. The table compares each run with the first, with intervals over the same
+problems. On one CPU core a step of 64 completions takes about 10 seconds. For a GPU (not run yet):
+`--completions 512 --steps 200 --problems 1000`.
 """
 
 import argparse
