@@ -48,6 +48,7 @@ def cluster(monkeypatch):
     cluster.shutdown()
 
 
+@pytest.mark.timeout(900)  # a dozen processes start, which takes its time on a busy machine
 def test_a_node_is_killed_half_way(cluster, tmp_path):
     from mm_prm.annotation.ray import RayWorkers, annotate_on_ray
 
