@@ -1,8 +1,9 @@
 """
 The process in which math-verify runs: reads one JSON line [gold, answer], writes one JSON line back.
 
-It is started as a file, imports nothing of this package, and is killed when it takes too long: a LaTeX bomb can keep
-computer algebra busy, or eat all memory, in code that no signal and no thread can interrupt.
+It is started as a file with the time limit of a comparison in seconds, imports nothing of this package, and is killed when
+it takes too long: a LaTeX bomb can keep computer algebra busy, or eat all memory, in code that no signal and no thread can
+interrupt. If the process that would kill it was killed itself, the system's own limit of processor time ends it.
 """
 
 import contextlib
@@ -10,15 +11,22 @@ import json
 import logging
 import os
 import sys
+import time
 
 _MOST_MEMORY = 4 * 2**30
 
 
-def main() -> None:
-    with contextlib.suppress(ImportError, ValueError, OSError):  # not every system can limit memory
+def _limit(name: str, most: int) -> None:
+    with contextlib.suppress(ImportError, ValueError, OSError, OverflowError):  # not every system can limit a process
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
+        kind = getattr(resource, name)
+        resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
+
+
+def main() -> None:
+    timeout_seconds = float(sys.argv[1])
+    _limit("RLIMIT_AS", _MOST_MEMORY)
     replies = sys.stdout
     sys.stdout = sys.stderr  # nothing but replies goes into the pipe
     logging.disable(logging.WARNING)
@@ -51,6 +59,7 @@ def main() -> None:
     with contextlib.suppress(OSError):  # whatever sympy says from now on would fill a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     for line in sys.stdin:
+        _limit("RLIMIT_CPU", int(time.process_time() + timeout_seconds) + 2)
         try:
             outcome = compare(*json.loads(line))
         except (Exception, RecursionError, MemoryError) as error:  # sympy raises anything

@@ -104,7 +104,7 @@ class MathProcess:
         with tempfile.TemporaryFile("w+") as messages:
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", str(_WORKER)],
+                    [sys.executable, "-P", str(_WORKER), str(self.timeout_seconds)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=messages,

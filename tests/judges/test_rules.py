@@ -3,6 +3,9 @@
 import json
 import pickle
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -380,6 +383,15 @@ class TestTimeLimit:
         judge = RulesJudge(timeout_seconds=1e-6)
         verdict = judge.judge_answer("\\sqrt{8}", "2\\sqrt{2}")
         assert (verdict.verdict, verdict.reason) == ("unknown", "time limit")
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="no limit of processor time")
+    def test_a_process_whose_owner_was_killed_ends_by_itself(self):
+        command = [sys.executable, "-P", str(math_process._WORKER), "1"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "ready\n"
+            process.stdin.write(json.dumps(["x+1", BOMBS[0]]) + "\n")
+            process.stdin.flush()
+            assert process.wait(timeout=120) == -signal.SIGXCPU
 
     def test_settings_travel_and_processes_do_not(self):
         judge = RulesJudge(timeout_seconds=20)
