@@ -1,5 +1,5 @@
 """
-    VLLM_CPU_KVCACHE_SPACE=2 python benchmarks/annotation.py --judge_delay 0 0.2
+    VLLM_CPU_KVCACHE_SPACE=2 python benchmarks/annotation.py --judge_delay 0 0.2 --engine_settings '{"enforce_eager": true, "dtype": "float32"}'
 
 Step labels a second: `annotate` against MM-PRM's own loop. That grows one tree at a time, sends a prompt 16 times for 16
 rollouts, has the steps so far in the user turn, and waits for all rollouts, then for all verdicts (from 32 threads), before
@@ -29,6 +29,7 @@ cannot be made, --engine_settings '{"enforce_eager": true}'):
 import argparse
 import itertools
 import json
+import sys
 import tempfile
 import threading
 import time
@@ -208,11 +209,14 @@ def run_turn(
             ),
         }
 
-    return {
+    turn = {
         LOOP: did(loop_trees) | loop,
         OURS: did(trees) | ours,
         LIMIT: did(trees) | ask_for_all(engine, problems, kept),
     }
+    told = ", ".join(f"{name} {seen['labels']} labels in {seen['seconds']:.0f} s" for name, seen in turn.items())
+    print(f"{number} problems: {told}", file=sys.stderr, flush=True)
+    return turn
 
 
 def make_table(turns: list[dict[str, dict[str, float]]], case: str) -> dict:

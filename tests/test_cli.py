@@ -612,6 +612,12 @@ def test_recorded_pools_of_the_ancestor():
         ([{"prm_scores": []}], "row 0: correct: must be a list that says of each candidate if it is right"),
         ([{"labels": [1, 0], "prm_scores": [[0.5]]}], "`step_scores` has 1 entries for 2 candidates"),
         ([], "there are no rows"),
+        ([{"labels": []}], "row 0: correct: there are no candidates"),
+        ([{"correct": [None, None]}], "correct: no candidate has a verdict"),
+        (
+            [{"problem_id": "q", "correct": [True]}, {"problem_id": "q", "correct": [False]}],
+            "row 1: problem_id: 'q' is already that of row 0",
+        ),
     ],
 )
 def test_bad_pools_are_named(content, message, capsys):
@@ -620,6 +626,12 @@ def test_bad_pools_are_named(content, message, capsys):
     error = capsys.readouterr().err
     assert error.startswith("mm-prm best-of-n: pools.json: ")
     assert message in error
+
+
+def test_candidates_without_a_verdict_are_counted(capsys):
+    Path("pools.json").write_text(json.dumps([{"correct": [True, None, None]}, {"correct": [False]}]))
+    assert main(["best-of-n", "--pools", "pools.json", "--num_resamples", "20"]) == 0
+    assert "2 of 4 candidates have no verdict and count as not right" in capsys.readouterr().out
 
 
 # Progress

@@ -106,6 +106,32 @@ def test_settings_that_cannot_be_used(flags, named, capsys):
     assert named in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("", "in.jsonl: there are no rows"),
+        (" \n\n", "in.jsonl: there are no rows"),
+        (json.dumps(ROWS), "in.jsonl: is one JSON document; JSON lines are read"),
+        (json.dumps(ROWS, indent=2), "in.jsonl: is one JSON document; JSON lines are read"),
+        (json.dumps(ROWS[0], indent=2), "in.jsonl: is one JSON document; JSON lines are read"),
+    ],
+    ids=["empty", "blank", "list", "indented list", "indented row"],
+)
+def test_files_that_are_no_json_lines_are_refused_as_a_whole(content, named, capsys):
+    Path("in.jsonl").write_text(content)
+    assert judge("--input", "in.jsonl", "--output", "out.jsonl") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line
+    assert judge("--input", ".", "--output", "out.jsonl") == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_the_first_row():
+    Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8-sig")
+    assert judge("--input", "in.jsonl", "--output", "out.jsonl") == 0
+    assert len(read("out.jsonl")) == len(ROWS)
+
+
 def test_a_column_can_be_chosen():
     write(Path("in.jsonl"), [{"question": "?", "gold": "7", "prediction": "8", "response": "The answer is 7."}])
     for flags, verdict in (

@@ -83,6 +83,9 @@ def run(settings: BestOfNSettings) -> int:
         )
     write_json(settings.output_json, said | results)
     print_tables(results, Path(settings.model or settings.pools).stem)
+    verdicts = [verdict for of_problem in columns["correct"] for verdict in of_problem]
+    if unknown := verdicts.count(None):
+        print(f"{unknown} of {len(verdicts)} candidates have no verdict and count as not right")
     return 0
 
 
@@ -104,6 +107,7 @@ def read_columns(path: str) -> dict[str, list[Any]]:
     """
     from mm_prm.commands.files import read_table
 
+    seen: dict[Any, int] = {}
     columns: dict[str, list[Any]] = {"correct": [], "step_scores": [], "answers": [], "candidates": []}
     for number, row in enumerate(read_table(path, key="pools")):
         if not isinstance(row, Mapping):
@@ -113,10 +117,20 @@ def read_columns(path: str) -> dict[str, list[Any]]:
             raise InputError(
                 f"{path}: row {number}: correct: must be a list that says of each candidate if it is right"
             )
+        if not named["correct"]:
+            raise InputError(f"{path}: row {number}: correct: there are no candidates; leave the problem out")
+        problem_id = named.get("problem_id")
+        if problem_id is not None and seen.setdefault(problem_id, number) != number:
+            raise InputError(
+                f"{path}: row {number}: problem_id: {problem_id!r} is already that of row {seen[problem_id]}; give all "
+                "candidates of a problem in one row"
+            )
         for name in columns:
             columns[name].append(named.get(name))
     if not columns["correct"]:
         raise InputError(f"{path}: there are no rows")
+    if not any(verdict is not None for of_problem in columns["correct"] for verdict in of_problem):
+        raise InputError(f"{path}: correct: no candidate has a verdict; judge the answers first")
     return {name: values for name, values in columns.items() if any(values)}
 
 

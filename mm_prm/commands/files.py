@@ -31,7 +31,7 @@ def check_output(path: str) -> Path:
     if output.suffix in SUFFIXES:
         if output.is_dir():
             raise InputError(f"output: {output} is a folder; give a file or another folder")
-    elif output.suffix in (".json", ".csv", ".arrow", ".sqlite"):
+    elif output.suffix in (".json", ".csv", ".tsv", ".txt", ".yaml", ".arrow", ".sqlite"):
         raise InputError(f"output: {output}: rows are written to {' and '.join(SUFFIXES)} files and to folders")
     elif output.is_file():
         raise InputError(f"output: {output} is a file; give a folder, or a name that ends in {' or '.join(SUFFIXES)}")
@@ -44,7 +44,8 @@ def check_output(path: str) -> Path:
 
 def write_settings_beside(output: Path, settings: Any) -> None:
     """Write the settings of a run to `OUTPUT.settings.yaml`, which `--config` reads back."""
-    write_settings(output.parent, settings, f"{output.name}.settings.yaml")
+    with reading_input("output"):
+        write_settings(output.parent, settings, f"{output.name}.settings.yaml")
 
 
 def write_json(path: str | None, content: Mapping[str, Any]) -> None:

@@ -80,6 +80,7 @@ def main(args: Sequence[str], prog: str) -> int:
 
 def run(settings: JudgeCommandSettings) -> int:
     """Judge, write the rows and print the summary."""
+    import codecs
     import hashlib
     import json
 
@@ -96,12 +97,18 @@ def run(settings: JudgeCommandSettings) -> int:
             raise ValueError(f"{output} is a folder; name a .jsonl file")
         if output.exists() and source.exists() and output.samefile(source):
             raise ValueError(f"{output} is the input, too; name another file")
-    if not source.exists():
-        raise InputError(f"{source}: there is no such file")
+    if not source.is_file():
+        raise InputError(f"{source}: {'is a folder; name a .jsonl file' if source.is_dir() else 'there is no such file'}")
     with reading_input(str(source)), source.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        stream.seek(0)
+        first = next((line.strip() for line in stream if line.strip()), b"")
+    if first.removeprefix(codecs.BOM_UTF8).startswith((b"[{", b"[ {")) or first in (b"{", b"["):
+        raise InputError(f"{source}: is one JSON document; JSON lines are read, one object a line")
     bad: list[str] = []
     num_rows = sum(1 for _ in _read(source, settings.column, bad))
+    if not num_rows and not bad:
+        raise InputError(f"{source}: there are no rows")
     if bad and settings.on_bad_row == "raise":
         more = f" (and {len(bad) - _MOST_NAMED} more)" if len(bad) > _MOST_NAMED else ""
         raise InputError("; ".join(bad[:_MOST_NAMED]) + more)
@@ -168,7 +175,7 @@ def _read(source: Path, column: str | None, bad: list[str]) -> Iterator[tuple[di
     """The rows that can be judged; what is wrong with the others is appended to `bad`, with the number of the line."""
     import json
 
-    with reading_input(str(source)), source.open(encoding="utf-8", errors="surrogateescape") as lines:
+    with reading_input(str(source)), source.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import datasets
 import torch
 import trl
-from torch import nn
 from transformers import (
     AutoProcessor,
     PreTrainedModel,
@@ -17,12 +16,11 @@ from transformers import (
 )
 from trl import SFTTrainer
 
-from ..hub import model_card
 from ..models import batch_vision_attention
 from ..policies.prompts import PromptBuilder
 from ..policies.steps import StepFormat
 from ..policies.transformers import end_tokens
-from .checkpoints import load_weights
+from .checkpoints import CARD_SETTINGS, CheckpointTrainer
 from .freezing import freeze_parts
 from .policy_config import PolicyConfig
 from .policy_rows import prepare_solutions
@@ -32,28 +30,8 @@ if TYPE_CHECKING:
 
 Rows: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
 
-# What a reader of the model card wants to know of a training
-_CARD_SETTINGS = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "bf16",
-    "fp16",
-    "max_length",
-    "step_format",
-    "freeze_vision_tower",
-    "freeze_connector",
-    "freeze_language_model",
-    "seed",
-)
 
-
-class PolicyTrainer(SFTTrainer):
+class PolicyTrainer(CheckpointTrainer, SFTTrainer):
     """
     Trainer for policies: supervised fine-tuning on solutions that are written in steps.
 
@@ -96,6 +74,7 @@ class PolicyTrainer(SFTTrainer):
 
     _tag_names = ["mm-prm", "policy"]  # noqa: RUF012
     _name = "Policy"
+    _card_settings = (*CARD_SETTINGS, "step_format")
 
     def __init__(
         self,
@@ -154,68 +133,6 @@ class PolicyTrainer(SFTTrainer):
         # TRL counts runs of its own trainers over the network; ours stay here.
         return None
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled or not isinstance(self.model, PreTrainedModel):  # an adapter
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_weights(self.model, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(self.model, PreTrainedModel):
-            super()._load_best_model()
-        else:
-            load_weights(self.model, str(self.state.best_model_checkpoint))
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        Saves the model, its processor and, in the output folder, its card.
-
-        Args:
-            output_dir (`str`, *optional*):
-                Folder to write. Defaults to the output folder.
-        """
-        super().save_model(output_dir, _internal_call)
-        if output_dir is None and not _internal_call:
-            self.create_model_card()
-
-    def create_model_card(  # type: ignore[override]
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-        license: str | None = None,
-    ) -> None:
-        """
-        Writes the model card into the output folder, without asking the network for anything.
-
-        Args:
-            model_name (`str`, *optional*):
-                Name of the model. Defaults to the output folder's name.
-            dataset_name (`str`, *optional*):
-                Name of the dataset it was trained on.
-            tags (`str` or `list[str]`, *optional*):
-                Tags beside those of this trainer.
-            license (`str`, *optional*):
-                Licence of the model, as the Hub spells it.
-        """
-        if not self.is_world_process_zero():
-            return
+    def _card_fields(self) -> dict[str, Any]:
         args = cast(PolicyConfig, self.args)
-        folder, base_model = Path(str(args.output_dir)), str(cast(PreTrainedModel, self.model).config.name_or_path)
-        folder.mkdir(parents=True, exist_ok=True)
-        model_name = model_name or folder.resolve().name
-        settings = args.to_dict()
-        card = model_card(
-            model_name,
-            "policy",
-            model_id=args.hub_model_id or model_name,
-            # Where a folder lies on this machine is nobody's business
-            base_model=Path(base_model).name if Path(base_model).is_dir() else base_model,
-            datasets=[dataset_name] if dataset_name else [],
-            license=license,
-            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            reads_images=self._is_vlm,
-            step_format=args.step_format,
-            settings={"num_processes": args.world_size} | {name: settings[name] for name in _CARD_SETTINGS},
-        )
-        card.save(folder / "README.md")
+        return {"kind": "policy", "reads_images": self._is_vlm, "step_format": args.step_format}

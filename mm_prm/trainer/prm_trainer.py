@@ -23,14 +23,12 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
-from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
-from ..hub import model_card
-from ..models import ProcessRewardMixin, ProcessRewardProcessor, is_process_reward_config
+from ..models import ProcessRewardProcessor, is_process_reward_config
 from .adapters import add_adapter
 from .batches import Rows, process_reward_batches, settle_packing, token_classification_batches
-from .checkpoints import load_weights
+from .checkpoints import CARD_SETTINGS, CheckpointTrainer
 from .collator import ROW_KEYS
 from .freezing import freeze_parts
 from .loading import load_model, name_or_path
@@ -46,32 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PRMTrainer", "compute_accuracy", "compute_step_metrics"]
 
-# What a reader of the model card wants to know of a training
-_CARD_SETTINGS = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "bf16",
-    "fp16",
-    "max_length",
-    "packing",
-    "max_tokens",
-    "label_mode",
-    "hard_threshold",
-    "label_weighting",
-    "freeze_vision_tower",
-    "freeze_connector",
-    "freeze_language_model",
-    "seed",
-)
-
-
-class PRMTrainer(_BaseTrainer):
+class PRMTrainer(CheckpointTrainer):
     """
     Trainer for process reward models.
 
@@ -134,6 +107,7 @@ class PRMTrainer(_BaseTrainer):
 
     _tag_names = ["mm-prm", "process-reward-model"]  # noqa: RUF012
     _name = "PRM"
+    _card_settings = (*CARD_SETTINGS, "packing", "max_tokens", "label_mode", "hard_threshold", "label_weighting")
 
     def __init__(
         self,
@@ -384,76 +358,15 @@ class PRMTrainer(_BaseTrainer):
                 metrics[key.replace("_cross_entropy", "_loss")] = metrics.pop(key)
         return output
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled or not isinstance(self.model, ProcessRewardMixin):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_weights(self.model, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(self.model, ProcessRewardMixin):
-            super()._load_best_model()
-        else:
-            load_weights(self.model, str(self.state.best_model_checkpoint))
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        Saves the model, its processor and, in the output folder, its card.
-
-        Args:
-            output_dir (`str`, *optional*):
-                Folder to write. Defaults to the output folder.
-        """
-        super().save_model(output_dir, _internal_call)
-        if output_dir is None and not _internal_call:
-            self.create_model_card()
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.create_model_card()
         super()._save_checkpoint(model, trial)
 
-    def create_model_card(  # type: ignore[override]
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-        license: str | None = None,
-    ) -> None:
-        """
-        Writes the model card into the output folder, without asking the network for anything.
-
-        Args:
-            model_name (`str`, *optional*):
-                Name of the model. Defaults to the output folder's name.
-            dataset_name (`str`, *optional*):
-                Name of the dataset it was trained on.
-            tags (`str` or `list[str]`, *optional*):
-                Tags beside those of this trainer.
-            license (`str`, *optional*):
-                Licence of the model, as the Hub spells it.
-        """
-        if not self.is_world_process_zero():
-            return
-        Path(str(self.args.output_dir)).mkdir(parents=True, exist_ok=True)
+    def _card_fields(self) -> dict[str, Any] | None:
         if self.is_token_classification:
-            super().create_model_card(model_name or Path(str(self.args.output_dir)).resolve().name, dataset_name, tags)
-            return
-        config, args = cast(PreTrainedModel, self.model).config, cast(PRMConfig, self.args)
-        folder, base_model = Path(str(args.output_dir)), str(config.name_or_path)
-        model_name = model_name or folder.resolve().name
-        settings = args.to_dict()
-        card = model_card(
-            model_name,
-            model_id=args.hub_model_id or model_name,
-            # Where a folder lies on this machine is nobody's business
-            base_model=Path(base_model).name if Path(base_model).is_dir() else base_model,
-            datasets=[dataset_name] if dataset_name else [],
-            license=license,
-            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            reads_images=type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-            settings={"num_processes": args.world_size} | {name: settings[name] for name in _CARD_SETTINGS},
-        )
-        card.save(folder / "README.md")
+            return None
+        config = cast(PreTrainedModel, self.model).config
+        return {"reads_images": type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING}
 
 
 def compute_step_metrics(prediction: EvalPrediction) -> dict[str, float]:
