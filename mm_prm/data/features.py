@@ -152,7 +152,7 @@ class RowError(ValueError):
 
 def validate_rows(kind: RowKind, rows: Iterable[Mapping[str, Any]]) -> int:
     """
-    Check that every row is a valid row of its kind, and that problems, trees and pools occur once.
+    Check that every row is a valid row of its kind, and that problems and trees occur once.
 
     Args:
         kind (`str`):
@@ -170,7 +170,7 @@ def validate_rows(kind: RowKind, rows: Iterable[Mapping[str, Any]]) -> int:
     index = -1
     for index, row in enumerate(rows):
         validate_row(kind, row, index)
-        if kind != "stepwise":
+        if kind in ("problem", "tree"):
             column = _NAME_COLUMN[kind]
             name = row[column]
             if name in seen:
