@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+# Bad rows in one message.
+_MOST_NAMED = 10
+
 
 class InputError(Exception):
     """Input that cannot be used; the message names file, row and field. Shown without a traceback."""
@@ -27,6 +30,19 @@ def reading_input(name: str = "", value: str | None = None) -> Iterator[None]:
         if value is not None and isinstance(error, OSError) and value not in message:
             raise InputError(f"{name}: {value}: {message}") from error
         raise InputError(message if name in message.split(":")[0] else f"{name}: {message}") from error
+
+
+def refuse_rows(bad: Sequence[str]) -> None:
+    """
+    Stop at rows that cannot be used, with the first of them in the message.
+
+    Args:
+        bad (`Sequence[str]`):
+            What is wrong with each.
+    """
+    if bad:
+        more = f" (and {len(bad) - _MOST_NAMED} more)" if len(bad) > _MOST_NAMED else ""
+        raise InputError("; ".join(bad[:_MOST_NAMED]) + more)
 
 
 def name_first(args: Sequence[str], name: str, prog: str) -> list[str]:

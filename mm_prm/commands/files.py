@@ -42,6 +42,26 @@ def check_output(path: str) -> Path:
     return output
 
 
+def check_lines_output(path: str, source: str) -> Path:
+    """
+    Refuse an output of JSON lines that could not be written, or is what is read; see [`check_output`].
+
+    Args:
+        path (`str`):
+            The file to write.
+        source (`str`):
+            The file that is read.
+    """
+    output, read = Path(path).expanduser(), Path(source).expanduser()
+    with reading_input("output"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.is_dir():
+            raise ValueError(f"{output} is a folder; name a .jsonl file")
+        if output.exists() and read.exists() and output.samefile(read):
+            raise ValueError(f"{output} is the input, too; name another file")
+    return output
+
+
 def write_settings_beside(output: Path, settings: Any) -> None:
     """Write the settings of a run to `OUTPUT.settings.yaml`, which `--config` reads back."""
     with reading_input("output"):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mm_prm.commands import InputError, reading_input
+from mm_prm.commands import InputError, reading_input, refuse_rows
 from mm_prm.commands.judge_settings import JudgeSettings
 from mm_prm.settings import parse_settings
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE = 256
 # Fewer rows are judged before worker processes have started.
 _ROWS_WORTH_WORKERS = 2000
-_MOST_NAMED = 10
 
 
 @dataclass
@@ -84,19 +83,13 @@ def run(settings: JudgeCommandSettings) -> int:
     import hashlib
     import json
 
-    from mm_prm.commands.files import write_settings_beside
+    from mm_prm.commands.files import check_lines_output, write_settings_beside
 
     with reading_input("judge"):
         settings.check_judge()
         if settings.num_workers is not None and settings.num_workers < 1:
             raise ValueError(f"num_workers: {settings.num_workers} has to be at least 1")
-    source, output = Path(settings.input).expanduser(), Path(settings.output).expanduser()
-    with reading_input("output"):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if output.is_dir():
-            raise ValueError(f"{output} is a folder; name a .jsonl file")
-        if output.exists() and source.exists() and output.samefile(source):
-            raise ValueError(f"{output} is the input, too; name another file")
+    source, output = Path(settings.input).expanduser(), check_lines_output(settings.output, settings.input)
     if not source.is_file():
         raise InputError(f"{source}: {'is a folder; name a .jsonl file' if source.is_dir() else 'there is no such file'}")
     with reading_input(str(source)), source.open("rb") as stream:
@@ -109,9 +102,8 @@ def run(settings: JudgeCommandSettings) -> int:
     num_rows = sum(1 for _ in _read(source, settings.column, bad))
     if not num_rows and not bad:
         raise InputError(f"{source}: there are no rows")
-    if bad and settings.on_bad_row == "raise":
-        more = f" (and {len(bad) - _MOST_NAMED} more)" if len(bad) > _MOST_NAMED else ""
-        raise InputError("; ".join(bad[:_MOST_NAMED]) + more)
+    if settings.on_bad_row == "raise":
+        refuse_rows(bad)
     write_settings_beside(output, settings)
     key = json.dumps([digest, settings.column, settings.judge_identity()])
     with _only_run(output):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from mm_prm.commands import InputError, reading_input
+from mm_prm.commands import InputError, reading_input, refuse_rows
 from mm_prm.settings import parse_settings
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ _Result: TypeAlias = "tuple[str, int, Written]"
 
 # Requests handed to the client for each that it may have under way: while answers are checked, the server has work.
 _REQUESTS_AHEAD = 2
-_MOST_NAMED = 10
 
 
 @dataclass
@@ -175,21 +174,16 @@ def run(settings: WriteStepsSettings) -> int:
 
 
 def _check(settings: WriteStepsSettings) -> Path:
+    from mm_prm.commands.files import check_lines_output
+
     if not settings.base_url:
         raise InputError("base_url: name the server that serves the model, for example http://127.0.0.1:8000/v1")
     for name, least in (("attempts", 1), ("max_steps", 2), ("max_tokens", 1)):
         if getattr(settings, name) < least:
             raise InputError(f"{name}: {getattr(settings, name)} has to be at least {least}")
-    source, output = Path(settings.input).expanduser(), Path(settings.output).expanduser()
-    if output.suffix != ".jsonl":
-        raise InputError(f"output: {output}: name a .jsonl file")
-    with reading_input("output"):
-        if output.is_dir():
-            raise ValueError(f"{output} is a folder; name a .jsonl file")
-        if output.exists() and source.exists() and output.samefile(source):
-            raise ValueError(f"{output} is the input, too; name another file")
-        output.parent.mkdir(parents=True, exist_ok=True)
-    return output
+    if Path(settings.output).suffix != ".jsonl":
+        raise InputError(f"output: {Path(settings.output).expanduser()}: name a .jsonl file")
+    return check_lines_output(settings.output, settings.input)
 
 
 def _read(settings: WriteStepsSettings) -> tuple["datasets.Dataset", list[_Task], list[str]]:
@@ -219,9 +213,8 @@ def _read(settings: WriteStepsSettings) -> tuple["datasets.Dataset", list[_Task]
             bad.append(f"{settings.input}, row {number}: {error}")
         else:
             tasks.append(_Task(number, places[problem_id], solution))
-    if bad and settings.on_bad_row == "raise":
-        more = f" (and {len(bad) - _MOST_NAMED} more)" if len(bad) > _MOST_NAMED else ""
-        raise InputError("; ".join(bad[:_MOST_NAMED]) + more)
+    if settings.on_bad_row == "raise":
+        refuse_rows(bad)
     return problems, tasks, bad
 
 

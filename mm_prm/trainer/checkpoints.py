@@ -36,7 +36,7 @@ class CheckpointTrainer(_BaseTrainer):
 
     def _card_fields(self) -> dict[str, Any] | None:
         """What [`model_card`] is told of this kind of model; `None` where TRL's own card says more."""
-        raise NotImplementedError
+        return None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or not isinstance(self.model, PreTrainedModel):  # an adapter

@@ -1,17 +1,15 @@
 """`PolicyConfig`: the settings of [`PolicyTrainer`]."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from ..policies.steps import STEP_FORMATS
-from .prm_config import ON_BAD_ROW
+from .row_config import RowTrainerConfig
 
 
 @dataclass
-class PolicyConfig(SFTConfig):
+class PolicyConfig(RowTrainerConfig, SFTConfig):
     r"""
     Configuration class for the [`PolicyTrainer`].
 
@@ -50,6 +48,8 @@ class PolicyConfig(SFTConfig):
     > - `remove_unused_columns`: Defaults to `False`, because texts are made of the rows when their batch is formed.
     """
 
+    _choices = (("step_format", STEP_FORMATS), *RowTrainerConfig._choices)
+
     # Parameters whose default values are overridden from SFTConfig
     max_length: int | None = field(
         default=None,
@@ -62,16 +62,6 @@ class PolicyConfig(SFTConfig):
         default=False, metadata={"help": "Must stay false: texts are made of the rows when their batch is formed."}
     )
 
-    # Parameters that control the model
-    freeze_vision_tower: bool = field(default=True, metadata={"help": "Whether to leave the vision tower as it is."})
-    freeze_connector: bool = field(
-        default=False,
-        metadata={"help": "Whether to leave what stands between vision tower and language model as it is."},
-    )
-    freeze_language_model: bool = field(
-        default=False, metadata={"help": "Whether to leave the language model as it is, head included."}
-    )
-
     # Parameters that control the data
     step_format: str = field(
         default="tags",
@@ -81,20 +71,9 @@ class PolicyConfig(SFTConfig):
             "choices": STEP_FORMATS,
         },
     )
-    on_bad_row: str = field(
-        default="raise",
-        metadata={"help": "At a row that cannot be used: stop, or leave it out.", "choices": ON_BAD_ROW},
-    )
 
     def __post_init__(self):
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
-        # Without an accelerator there is nothing to pin memory for, and torch warns at each epoch
-        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
-        for name, choices in (("step_format", STEP_FORMATS), ("on_bad_row", ON_BAD_ROW)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: must be one of {', '.join(choices)}")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length = {self.max_length}: must be positive, or None for rows of any length")
         for name, needed in (
@@ -107,7 +86,3 @@ class PolicyConfig(SFTConfig):
                 raise ValueError(f"{name} = True: must be False, {needed}")
         if self.completion_only_loss is False:
             raise ValueError("completion_only_loss = False: the policy learns to write solutions, not problems")
-
-    def __getstate__(self) -> dict[str, Any]:
-        # training_args.bin is pushed with the model
-        return self.__dict__ | {"hub_token": None}

@@ -6,15 +6,12 @@ from typing import Any
 import datasets
 import pyarrow.compute
 from transformers import ProcessorMixin
-from transformers.utils import logging
 
 from ..data.features import RowError
 from ..data.text import clean_step
 from ..policies.prompts import PromptBuilder
 from ..policies.questions import decoded_images
-from .rows import _check_images, _check_prompt, _rows_without_images, to_problem
-
-logger = logging.get_logger(__name__)
+from .rows import BadRows, check_images, check_prompt, rows_without_images, to_problem
 
 _FEATURES = datasets.Features(
     {
@@ -54,38 +51,29 @@ def prepare_solutions(
     Raises:
         [`RowError`]: At the first bad row, naming row, field, value and what to do, unless `skip_bad_rows`.
     """
-    bad: dict[int, RowError] = {}
-
-    def refuse(index: int, error: RowError) -> None:
-        if not skip_bad_rows:
-            raise error
-        bad.setdefault(index, error)
-
-    _check_images(rows, refuse)
-    for index, row in enumerate(_rows_without_images(rows)):
+    bad = BadRows(skip_bad_rows)
+    check_images(rows, bad.refuse)
+    for index, row in enumerate(rows_without_images(rows)):
         try:
             check_solution(index, row)
         except RowError as error:
-            refuse(index, error)
+            bad.refuse(index, error)
     examples = _Examples(prompts)
-    usable = [index for index in range(len(rows)) if index not in bad]
+    usable = [index for index in range(len(rows)) if index not in bad.errors]
     dataset = _as_dataset(rows, usable)
     # Pictures are counted, and unpacked only where the length in tokens matters
-    counted = zip(_rows_without_images(dataset), _image_counts(dataset), strict=True)
+    counted = zip(rows_without_images(dataset), _image_counts(dataset), strict=True)
     for number, (row, num_images) in enumerate(counted):
         try:
             examples.check(usable[number], row, num_images)
             if max_length is not None:
                 examples.check_length(usable[number], dataset[number], max_length)
         except RowError as error:
-            refuse(usable[number], error)
-    if bad:
-        listed = "\n".join(str(bad[index]) for index in sorted(bad)[:_MOST_LISTED])
-        more = f"\n… and {len(bad) - _MOST_LISTED} more" if len(bad) > _MOST_LISTED else ""
-        logger.warning(f"{len(bad)} of {len(rows)} rows are bad and are left out:\n{listed}{more}")
-    if len(bad) == len(rows):
+            bad.refuse(usable[number], error)
+    bad.report(len(rows), _MOST_LISTED)
+    if len(bad.errors) == len(rows):
         raise ValueError(f"none of the {len(rows)} rows can be trained on")
-    good = [number for number, index in enumerate(usable) if index not in bad]
+    good = [number for number, index in enumerate(usable) if index not in bad.errors]
     return dataset.select(good).with_transform(examples)
 
 
@@ -107,7 +95,7 @@ def check_solution(index: int, row: Any) -> None:
     for column in ("prompt", "completions"):
         if column not in row:
             raise _error(index, row, column, None, f"there is no such column; there are {', '.join(row)}")
-    wrong = _check_prompt(row["prompt"])
+    wrong = check_prompt(row["prompt"])
     if wrong is not None:
         raise _error(index, row, "prompt", row["prompt"], wrong)
     steps = row["completions"]

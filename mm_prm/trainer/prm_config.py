@@ -3,19 +3,19 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
+
+from .row_config import RowTrainerConfig
 
 LABEL_MODES = ("soft", "hard", "smoothed")
 LABEL_WEIGHTINGS = ("none", "num_judged")
 PACKINGS = ("none", "rows", "tree")
-ON_BAD_ROW = ("raise", "skip")
 # Longest sequence of token classification models where nothing is set, as in TRL
 _DEFAULT_MAX_LENGTH = 1024
 
 
 @dataclass
-class PRMConfig(_BaseConfig):
+class PRMConfig(RowTrainerConfig, _BaseConfig):
     r"""
     Configuration class for the [`PRMTrainer`].
 
@@ -95,6 +95,12 @@ class PRMConfig(_BaseConfig):
     > - `remove_unused_columns`: Defaults to `False`, because the collator reads the rows.
     """
 
+    _choices = (
+        ("label_mode", LABEL_MODES),
+        ("label_weighting", LABEL_WEIGHTINGS),
+        ("packing", PACKINGS),
+        *RowTrainerConfig._choices,
+    )
     _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
     # Parameters whose default values are overridden from TrainingArguments
@@ -108,14 +114,6 @@ class PRMConfig(_BaseConfig):
         default=None,
         metadata={"help": "Keyword arguments of `from_pretrained`, used when `model` is a string."},
     )
-    freeze_vision_tower: bool = field(default=True, metadata={"help": "Whether to leave the vision tower as it is."})
-    freeze_connector: bool = field(
-        default=False,
-        metadata={"help": "Whether to leave what stands between vision tower and language model as it is."},
-    )
-    freeze_language_model: bool = field(
-        default=False, metadata={"help": "Whether to leave the language model as it is, head included."}
-    )
     disable_dropout: bool = field(default=True, metadata={"help": "Whether to disable dropout in the model."})
 
     # Parameters that control the data
@@ -126,10 +124,6 @@ class PRMConfig(_BaseConfig):
             "rows that have no label left are dropped before training and counted. If `None`, nothing is cut. -1 stands "
             "for 1024 for token classification models and for `None` otherwise."
         },
-    )
-    on_bad_row: str = field(
-        default="raise",
-        metadata={"help": "At a row that cannot be used: stop, or leave it out.", "choices": ON_BAD_ROW},
     )
     packing: str = field(
         default="none",
@@ -177,19 +171,7 @@ class PRMConfig(_BaseConfig):
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Number of processes that tokenise."})
 
     def __post_init__(self):
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
-        # Without an accelerator there is nothing to pin memory for, and torch warns at each epoch
-        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
-        for name, choices in (
-            ("label_mode", LABEL_MODES),
-            ("label_weighting", LABEL_WEIGHTINGS),
-            ("packing", PACKINGS),
-            ("on_bad_row", ON_BAD_ROW),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: must be one of {', '.join(choices)}")
         if self.max_tokens is not None and self.packing == "none":
             raise ValueError(f"max_tokens = {self.max_tokens}: packing is 'none'; max_length cuts rows")
         if not 0 <= self.hard_threshold < 1:
@@ -198,10 +180,6 @@ class PRMConfig(_BaseConfig):
             raise ValueError(f"max_length = {self.max_length}: must be positive, or None to cut nothing")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns = True: must be False, the collator reads the rows as they are")
-
-    def __getstate__(self) -> dict[str, Any]:
-        # training_args.bin is pushed with the model
-        return self.__dict__ | {"hub_token": None}
 
     @property
     def needs_num_judged(self) -> bool:

@@ -52,14 +52,43 @@ class RowView:
     def text_lengths(self) -> list[int]:
         """Characters of each row's question and steps."""
         lengths = [
-            len(_question(row)) + sum(map(len, row["completions"])) for row in _rows_without_images(self.rows)
+            len(_question(row)) + sum(map(len, row["completions"])) for row in rows_without_images(self.rows)
         ]
         return [lengths[number] for number in self.indices]
 
     def trees(self) -> list[str]:
         """The tree of each row: its problem, or its question where the problem has no id."""
-        trees = [row.get("problem_id") or _question(row) for row in _rows_without_images(self.rows)]
+        trees = [row.get("problem_id") or _question(row) for row in rows_without_images(self.rows)]
         return [trees[number] for number in self.indices]
+
+
+class BadRows:
+    """
+    Rows that cannot be used: the first one is an error, or all are left out and listed.
+
+    Args:
+        skip (`bool`):
+            Whether they are left out.
+    """
+
+    def __init__(self, skip: bool):
+        self.skip = skip
+        self.errors: dict[int, RowError] = {}
+
+    def refuse(self, index: int, error: RowError) -> None:
+        """Raises the error of a row, or keeps its first one."""
+        if not self.skip:
+            raise error
+        self.errors.setdefault(index, error)
+
+    def report(self, num_rows: int, most_listed: int | None = None) -> None:
+        """Logs which of how many rows are left out, and why: all of them, or the first few."""
+        if not self.errors:
+            return
+        listed = [str(self.errors[index]) for index in sorted(self.errors)]
+        more = len(listed) - len(listed[:most_listed])
+        lines = "\n".join(listed[:most_listed]) + (f"\n… and {more} more" if more else "")
+        logger.warning(f"{len(listed)} of {num_rows} rows are bad and are left out:\n{lines}")
 
 
 def prepare_rows(
@@ -93,29 +122,21 @@ def prepare_rows(
             f"the dataset is a {type(rows).__name__}; rows are checked before training, so it must be a datasets.Dataset "
             "or a list of rows"
         )
-    bad: dict[int, RowError] = {}
-
-    def refuse(index: int, error: RowError) -> None:
-        if not skip_bad_rows:
-            raise error
-        bad.setdefault(index, error)
-
-    _check_images(rows, refuse)
+    bad = BadRows(skip_bad_rows)
+    check_images(rows, bad.refuse)
     if isinstance(rows, datasets.Dataset) and "images" in rows.column_names:
         # The processor decodes a picture once, however many rows of a batch show it
         rows = rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
     usable, measured = [], []
-    for index, row in enumerate(_rows_without_images(rows)):
+    for index, row in enumerate(rows_without_images(rows)):
         try:
             _check_row(index, row, needs_num_judged)
         except RowError as error:
-            refuse(index, error)
-        if index not in bad:
+            bad.refuse(index, error)
+        if index not in bad.errors:
             usable.append(index)
             measured.append(next((step for step, label in enumerate(row["labels"]) if label is not None), None))
-    if bad:
-        listed = "\n".join(str(bad[index]) for index in sorted(bad))
-        logger.warning(f"{len(bad)} of {len(rows)} rows are bad and are left out:\n{listed}")
+    bad.report(len(rows))
     labelled = [index for index, first in zip(usable, measured, strict=True) if first is not None]
     first_steps = [first for first in measured if first is not None]
     _report(len(usable) - len(labelled), len(rows), "have no label")
@@ -149,7 +170,7 @@ def _question(row: Mapping[str, Any]) -> str:
     return "".join("<image>" if part["type"] == "image" else part["text"] for part in content)
 
 
-def _check_prompt(prompt: Any) -> str | None:
+def check_prompt(prompt: Any) -> str | None:
     """What is wrong with a prompt, if anything."""
     if isinstance(prompt, str):
         return None if prompt.strip() else "must be the question as text"
@@ -174,7 +195,7 @@ def _report(dropped: int, total: int, reason: str) -> None:
         logger.warning(f"{dropped} of {total} rows {reason} and are left out")
 
 
-def _rows_without_images(rows: datasets.Dataset | Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+def rows_without_images(rows: datasets.Dataset | Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     if isinstance(rows, datasets.Dataset):
         columns = [column for column in rows.column_names if column != "images"]
         yield from rows.select_columns(columns)
@@ -182,7 +203,7 @@ def _rows_without_images(rows: datasets.Dataset | Sequence[Mapping[str, Any]]) -
         yield from rows
 
 
-def _check_images(
+def check_images(
     rows: datasets.Dataset | Sequence[Mapping[str, Any]], refuse: Callable[[int, RowError], None]
 ) -> None:
     """Checks that all images are there. Nothing is decoded."""
@@ -233,7 +254,7 @@ def _check_row(index: int, row: Mapping[str, Any], needs_num_judged: bool) -> No
         if column not in row:
             fail(column, None, f"the dataset has no such column; it has {', '.join(row)}")
     prompt, steps, labels = (row[column] for column in _COLUMNS)
-    wrong = _check_prompt(prompt)
+    wrong = check_prompt(prompt)
     if wrong is not None:
         fail("prompt", prompt, wrong)
     if not isinstance(steps, list) or not steps:
