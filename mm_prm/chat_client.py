@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import aiohttp
 
@@ -139,6 +139,15 @@ class _Server:
         """The server with the lowest is asked: one that works, then the least busy."""
         resting_until = self.resting_until if self.resting_until > time.monotonic() else 0.0
         return resting_until, self.in_flight, self.last_used
+
+
+class ConnectionSettings(TypedDict, total=False):
+    """Settings of a [`ChatClient`] that policies and judges hand on to theirs."""
+
+    api_key: str | None
+    max_concurrency: int
+    max_retries: int
+    retry_seconds: float
 
 
 class ChatClient:

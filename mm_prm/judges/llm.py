@@ -5,10 +5,17 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from mm_prm.annotation.protocols import Problem, Verdict, VerdictValue
-from mm_prm.chat_client import ChatClient, ChatRequestError, ChatServerError, FailuresInARow, neutralize_chat_markup
+from mm_prm.chat_client import (
+    ChatClient,
+    ChatRequestError,
+    ChatServerError,
+    ConnectionSettings,
+    FailuresInARow,
+    neutralize_chat_markup,
+)
 from mm_prm.data.text import IMAGE_MARKER, question_text
 
 from .extraction import extract_answer, final_step
@@ -58,16 +65,10 @@ class LLMJudge:
             Name under which the servers serve the model.
         base_urls (`str` or `Sequence[str]`):
             Addresses of one or more servers, up to and including `/v1`.
-        max_concurrency (`int`, *optional*, defaults to `64`):
-            Most requests under way at once.
         timeout_seconds (`float`, *optional*, defaults to `60.0`):
             Time limit of one attempt at a request.
-        max_retries (`int`, *optional*, defaults to `5`):
-            Most attempts after the first.
-        retry_seconds (`float`, *optional*, defaults to `0.5`):
-            First wait between two attempts; it doubles from one to the next.
-        api_key (`str`, *optional*):
-            Key of the servers; that of the environment variable `OPENAI_API_KEY` if not given.
+        connection (*optional*):
+            `max_concurrency`, `max_retries`, `retry_seconds` and `api_key` of the [`~mm_prm.chat_client.ChatClient`].
     """
 
     def __init__(
@@ -75,21 +76,11 @@ class LLMJudge:
         model: str,
         base_urls: str | Sequence[str],
         *,
-        max_concurrency: int = 64,
         timeout_seconds: float = 60.0,
-        max_retries: int = 5,
-        retry_seconds: float = 0.5,
-        api_key: str | None = None,
+        **connection: Unpack[ConnectionSettings],
     ):
         self.model = model
-        self.client = ChatClient(
-            base_urls,
-            api_key=api_key,
-            max_concurrency=max_concurrency,
-            timeout_seconds=timeout_seconds,
-            max_retries=max_retries,
-            retry_seconds=retry_seconds,
-        )
+        self.client = ChatClient(base_urls, timeout_seconds=timeout_seconds, **connection)
         self._failures = FailuresInARow(_MOST_FAILURES_IN_A_ROW)
         self._constraint: dict[str, Any] = {"structured_outputs": {"choice": ["Yes", "No"]}}
         self._open()

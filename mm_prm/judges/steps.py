@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from mm_prm.annotation.protocols import Problem
 from mm_prm.chat_client import (
@@ -16,6 +16,7 @@ from mm_prm.chat_client import (
     ChatCompletion,
     ChatRequestError,
     ChatServerError,
+    ConnectionSettings,
     FailuresInARow,
     neutralize_chat_markup,
 )
@@ -92,16 +93,10 @@ class StepJudge:
         base_urls (`str` or `Sequence[str]`):
             Addresses of one or more servers, up to and including `/v1`. They have to give `logprobs`, as vLLM, SGLang,
             llama.cpp and OpenAI do.
-        max_concurrency (`int`, *optional*, defaults to `64`):
-            Most requests under way at once.
         timeout_seconds (`float`, *optional*, defaults to `60.0`):
             Time limit of one attempt at a request.
-        max_retries (`int`, *optional*, defaults to `5`):
-            Most attempts after the first.
-        retry_seconds (`float`, *optional*, defaults to `0.5`):
-            First wait between two attempts; it doubles from one to the next.
-        api_key (`str`, *optional*):
-            Key of the servers; that of the environment variable `OPENAI_API_KEY` if not given.
+        connection (*optional*):
+            `max_concurrency`, `max_retries`, `retry_seconds` and `api_key` of the [`~mm_prm.chat_client.ChatClient`].
 
     Raises:
         `ValueError`: If the servers give no log-probabilities, or the model replies with something else than yes or no.
@@ -112,21 +107,11 @@ class StepJudge:
         model: str,
         base_urls: str | Sequence[str],
         *,
-        max_concurrency: int = 64,
         timeout_seconds: float = 60.0,
-        max_retries: int = 5,
-        retry_seconds: float = 0.5,
-        api_key: str | None = None,
+        **connection: Unpack[ConnectionSettings],
     ):
         self.model = model
-        self.client = ChatClient(
-            base_urls,
-            api_key=api_key,
-            max_concurrency=max_concurrency,
-            timeout_seconds=timeout_seconds,
-            max_retries=max_retries,
-            retry_seconds=retry_seconds,
-        )
+        self.client = ChatClient(base_urls, timeout_seconds=timeout_seconds, **connection)
         self._failures = FailuresInARow(_MOST_FAILURES_IN_A_ROW)
         self._open()
 

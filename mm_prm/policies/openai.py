@@ -5,7 +5,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from typing import Any
+from typing import Any, Unpack
 
 from PIL import Image
 
@@ -16,6 +16,7 @@ from mm_prm.chat_client import (
     ChatCompletion,
     ChatRequestError,
     ChatServerError,
+    ConnectionSettings,
     neutralize_chat_markup,
 )
 from mm_prm.data.images import image_data_url
@@ -70,16 +71,10 @@ class OpenAIPolicy:
         tokenizer (`str`, *optional*):
             Folder or Hub repository of the model's tokenizer, whose special tokens are broken up. Without it, what
             looks like one under the usual templates.
-        max_concurrency (`int`, *optional*, defaults to `64`):
-            Most requests under way at once.
         timeout_seconds (`float`, *optional*, defaults to `600.0`):
             Time limit of one attempt at a request.
-        max_retries (`int`, *optional*, defaults to `5`):
-            Most attempts after the first.
-        retry_seconds (`float`, *optional*, defaults to `0.5`):
-            First wait between two attempts; it doubles from one to the next.
-        api_key (`str`, *optional*):
-            Key of the servers; that of the environment variable `OPENAI_API_KEY` if not given.
+        connection (*optional*):
+            `max_concurrency`, `max_retries`, `retry_seconds` and `api_key` of the [`~mm_prm.chat_client.ChatClient`].
     """
 
     def __init__(
@@ -93,11 +88,8 @@ class OpenAIPolicy:
         top_p: float = 0.9,
         step_format: StepFormat = "paragraphs",
         tokenizer: str | None = None,
-        max_concurrency: int = 64,
         timeout_seconds: float = 600.0,
-        max_retries: int = 5,
-        retry_seconds: float = 0.5,
-        api_key: str | None = None,
+        **connection: Unpack[ConnectionSettings],
     ):
         check_sampling(max_new_tokens, temperature, top_k, top_p, step_format)
         self.model = model
@@ -105,14 +97,7 @@ class OpenAIPolicy:
         self.sampling: dict[str, Any] = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         if top_k:
             self.sampling["top_k"] = top_k
-        self.client = ChatClient(
-            base_urls,
-            api_key=api_key,
-            max_concurrency=max_concurrency,
-            timeout_seconds=timeout_seconds,
-            max_retries=max_retries,
-            retry_seconds=retry_seconds,
-        )
+        self.client = ChatClient(base_urls, timeout_seconds=timeout_seconds, **connection)
         self._special_tokens: tuple[str, ...] | None = None
         if tokenizer is not None:
             from transformers import AutoTokenizer

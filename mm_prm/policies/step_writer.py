@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from mm_prm.annotation.protocols import Judge, Problem, sample_seed
 from mm_prm.chat_client import (
@@ -18,6 +18,7 @@ from mm_prm.chat_client import (
     ChatCompletion,
     ChatRequestError,
     ChatServerError,
+    ConnectionSettings,
     FailuresInARow,
     neutralize_chat_markup,
 )
@@ -101,16 +102,10 @@ class StepWriter:
             Most tokens that the model may write.
         show_images (`bool`, *optional*, defaults to `False`):
             Whether the model sees the pictures of the problem.
-        max_concurrency (`int`, *optional*, defaults to `64`):
-            Most requests under way at once.
         timeout_seconds (`float`, *optional*, defaults to `120.0`):
             Time limit of one attempt at a request.
-        max_retries (`int`, *optional*, defaults to `5`):
-            Most attempts at a request after the first.
-        retry_seconds (`float`, *optional*, defaults to `0.5`):
-            First wait between two attempts; it doubles from one to the next.
-        api_key (`str`, *optional*):
-            Key of the servers; that of the environment variable `OPENAI_API_KEY` if not given.
+        connection (*optional*):
+            `max_concurrency`, `max_retries`, `retry_seconds` and `api_key` of the [`~mm_prm.chat_client.ChatClient`].
     """
 
     def __init__(
@@ -122,24 +117,14 @@ class StepWriter:
         max_steps: int = 24,
         max_tokens: int = 4096,
         show_images: bool = False,
-        max_concurrency: int = 64,
         timeout_seconds: float = 120.0,
-        max_retries: int = 5,
-        retry_seconds: float = 0.5,
-        api_key: str | None = None,
+        **connection: Unpack[ConnectionSettings],
     ):
         if max_steps < 2:
             raise ValueError(f"max_steps: {max_steps} has to be at least 2, a step and the answer")
         self.model, self.judge = model, judge
         self.max_steps, self.max_tokens, self.show_images = max_steps, max_tokens, show_images
-        self.client = ChatClient(
-            base_urls,
-            api_key=api_key,
-            max_concurrency=max_concurrency,
-            timeout_seconds=timeout_seconds,
-            max_retries=max_retries,
-            retry_seconds=retry_seconds,
-        )
+        self.client = ChatClient(base_urls, timeout_seconds=timeout_seconds, **connection)
         self._failures = FailuresInARow(_MOST_FAILURES_IN_A_ROW)
         # Asks once, so that a wrong address or model ends the run before it begins
         self.client.complete({"model": model, "messages": [{"role": "user", "content": "1 + 2?"}], "max_tokens": 1})
