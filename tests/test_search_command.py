@@ -81,6 +81,16 @@ def test_a_server_writes_the_steps():
         assert pool["candidates"][0] == ["We look.", "The answer is 4."] and pool["answers"][0] == "4"
 
 
+@pytest.mark.parametrize("model", ["me/misspelt", "no_model"])
+def test_a_model_that_cannot_be_had_is_told_before_the_policy_is_opened(model, capsys):
+    Path("no_model").mkdir()
+    with ChatServer(lambda payload: ["The answer is 4."] * payload["n"]) as server:
+        flags = ["--policy", "m", "--policy_engine", "server", "--policy_base_urls", server.url]
+        assert main([*ARGS, *flags, "--output", "pools.jsonl", "--model", model]) == 2
+        assert not server.probes and not server.payloads
+    assert model in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -134,7 +134,8 @@ def search_candidates(
     policy, scorer = cache(open_policy), cache(open_scorer)
 
     def compute(rows: list[Mapping[str, Any]], _: range) -> list[Any]:
-        return [asdict(result) for result in search(rows, policy(), scorer(), config)]
+        guide = scorer()  # before the policy, whose engine may take a minute to start
+        return [asdict(result) for result in search(rows, policy(), guide, config)]
 
     settings = ["search", identity, asdict(config)]
     return [SearchResult(**value) for value in _kept(problems, [settings] * len(problems), compute, journal, progress)]
