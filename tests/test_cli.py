@@ -643,7 +643,7 @@ from mm_prm.commands.progress import ProgressBar
 with ProgressBar("count", 4) as bar:
     for done in range(5):
         time.sleep(0.1)
-        bar.update(done, f"{done} apples")
+        bar.update(done, note=f"{done} apples")
 """
 
 
@@ -657,6 +657,28 @@ def test_a_bar_with_the_time_left_on_a_terminal():
     assert "4/4" in shown
     assert "left, 2 apples" in shown
     assert "\x1b[" in shown
+
+
+RESUMED = """
+import time
+from mm_prm.commands import progress
+progress._SECONDS_PER_LINE = 0.0
+with progress.ProgressBar("count", 100) as bar:
+    time.sleep(1.0)
+    bar.update(49, free=49)
+    bar.update(50, free=50)
+    bar.update(50, free=50, underway=20)
+    time.sleep(0.5)
+    bar.update(60, free=50, underway=20)
+"""
+
+
+def test_the_time_left_counts_what_this_run_did_alone():
+    *begun, last = run_python(RESUMED).stderr.splitlines()
+    assert [re.sub(r"\d+ s", "1 s", line) for line in begun] == ["count: 49/100, 1 s", *["count: 50/100, 1 s"] * 2]
+    # 10 done and 20 half done in half a second, so 30 halves of a second are to do for the other 30 things.
+    [seconds] = re.findall(r"count: 60/100, \d+ s, 0:00:(\d\d) left", last)
+    assert 0 < int(seconds) < 3
 
 
 def test_lines_without_a_terminal():

@@ -1,6 +1,7 @@
 """`mm-prm evaluate`: the embedded models on problems in a benchmark's columns, cut short and continued."""
 
 import json
+import re
 from contextlib import closing
 from pathlib import Path
 
@@ -94,8 +95,10 @@ def test_interrupted_and_continued_equals_uninterrupted(problems, monkeypatch, c
     assert len(calls) == 8 + 5 - 2
 
     calls.clear()
+    capsys.readouterr()
     assert main([*ARGS, "--output", "cut"]) == 0
     assert calls == []
+    assert re.fullmatch(r"solutions: 5/5, \d+ s\nscore: 5/5, \d+ s\n", capsys.readouterr().err)
     assert main([*ARGS, "--output", "cut", "--seed", "1", "--limit", "1"]) == 0
     assert len(calls) == 2 and read("cut")[0][0]["candidates"] != pools[0]["candidates"]
 

@@ -1,6 +1,7 @@
 """`mm-prm search` on the embedded models: pools that `best-of-n` measures, and a killed run that goes on."""
 
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -55,7 +56,9 @@ def test_interrupted_and_continued_equals_uninterrupted(monkeypatch, capsys):
     assert main([*ARGS, "--output", "cut.jsonl"]) == 0
     assert read("cut.jsonl") == pools
     monkeypatch.setattr(stages, "search", None)  # everything is in the journal
+    capsys.readouterr()
     assert main([*ARGS, "--output", "cut.jsonl"]) == 0
+    assert re.fullmatch(r"search: 3/3, \d+ s\n", capsys.readouterr().err)
     assert main(["best-of-n", "--pools", "cut.jsonl", "--num_resamples", "20"]) == 0
     assert "Best-of-N, min" in capsys.readouterr().out
 

@@ -150,8 +150,8 @@ def run(settings: AnnotateSettings, config: AnnotationConfig) -> int:
                 is_due = progress.trees_done == len(problems) or rates.is_due(progress)
                 last = progress
                 if is_due:
-                    underway, free = progress.trees_in_flight, progress.trees_from_journal
-                    bar.update(progress.trees_done, rates.note(progress), underway=underway, free=free)
+                    free, underway = progress.trees_from_journal, progress.trees_in_flight
+                    bar.update(progress.trees_done, free, rates.note(progress), underway)
 
             if settings.executor == "ray":
                 grow: Any = partial(annotate_on_ray, workers=workers)

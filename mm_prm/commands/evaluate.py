@@ -266,7 +266,7 @@ def _scores(
         return score_candidates(problems, candidates, settings.open_scorer, identity, journal, show)
 
 
-def _progress(name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+def _progress(name: str, total: int) -> AbstractContextManager[Callable[[int, int], None]]:
     from contextlib import contextmanager
 
     from mm_prm.commands.progress import ProgressBar

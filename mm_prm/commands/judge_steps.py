@@ -219,7 +219,7 @@ def _finish(begun: _Underway, judge: "StepJudge", journal: "Journal", summary: "
 
 def _shown(trees: Iterable[dict[str, Any]], bar: Any, summary: "Summary") -> Iterator[dict[str, Any]]:
     for tree in trees:
-        bar.update(summary.trees, f"{summary.asked} steps asked", free=summary.from_journal)
+        bar.update(summary.trees, summary.from_journal, f"{summary.asked} steps asked")
         yield tree
 
 

@@ -24,7 +24,7 @@ class ProgressBar:
 
     def __init__(self, name: str, total: int):
         self.name, self.total = name, total
-        self._began = self._last_line = time.monotonic()
+        self._began = self._work_began = self._last_line = time.monotonic()
         self._finished = False
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         console = Console(stderr=True)
@@ -37,35 +37,40 @@ class ProgressBar:
         self._bar.start()
         return self
 
-    def update(self, done: int, note: str = "", underway: int = 0, free: int = 0) -> None:
+    def update(self, done: int, free: int = 0, note: str = "", underway: int = 0) -> None:
         """
         Say how far it is.
 
         Args:
             done (`int`):
                 Number of things done.
+            free (`int`, *optional*, defaults to `0`):
+                Number of things done that cost no time, such as those from a journal. The time left is estimated from
+                the others alone, and not shown before there is one.
             note (`str`, *optional*, defaults to `""`):
                 Shown after it.
             underway (`int`, *optional*, defaults to `0`):
                 Number of things begun; they count as half done where the time left is estimated.
-            free (`int`, *optional*, defaults to `0`):
-                Number of things done that cost no time.
         """
-        seconds = time.monotonic() - self._began
-        note = ", ".join(part for part in (self._time_left(seconds, done - free + underway / 2, free), note) if part)
+        now = time.monotonic()
+        if done == free and not underway:
+            self._work_began = now  # a journal was read until now
+        note = ", ".join(part for part in (self._time_left(now, done, free, underway), note) if part)
         if not self._bar.disable:
             self._bar.update(self._task, completed=done, note=note)
             return
         is_last = done == self.total and not self._finished
-        if time.monotonic() - self._last_line < _SECONDS_PER_LINE and not is_last:
+        if now - self._last_line < _SECONDS_PER_LINE and not is_last:
             return
-        self._last_line, self._finished = time.monotonic(), done == self.total
+        self._last_line, self._finished = now, done == self.total
+        seconds = now - self._began
         print(f"{self.name}: {done}/{self.total}, {seconds:.0f} s, {note}".rstrip(", "), file=sys.stderr, flush=True)
 
-    def _time_left(self, seconds: float, worked: float, free: int) -> str:
-        if worked <= 0:
+    def _time_left(self, now: float, done: int, free: int, underway: int) -> str:
+        if done <= free:
             return ""
-        left = round(max(0.0, self.total - free - worked) * seconds / worked)
+        worked = done - free + underway / 2
+        left = round(max(0.0, self.total - free - worked) * (now - self._work_began) / worked)
         minutes, seconds_left = divmod(left, 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02d}:{seconds_left:02d} left"

@@ -104,6 +104,7 @@ class _Task:
     problem: Mapping[str, Any] = field(default_factory=dict)
     key: str = ""
     attempts: int = 0  # that are over
+    is_kept: bool = False  # by the journal, so that nothing is asked
 
 
 def main(args: Sequence[str], prog: str) -> int:
@@ -144,13 +145,15 @@ def run(settings: WriteStepsSettings) -> int:
     )
     identity = code_digest("mm_prm.policies.step_writer") + judge_identity
     finished: dict[int, _Result] = {}
-    done = 0
+    done = kept = accepted = 0
     try:
         with Journal(journal_path) as journal, ProgressBar("write-steps", len(tasks)) as bar:
             for task, written in _written(problems, tasks, identity, writer, journal, settings):
                 finished[task.row] = (problems[task.place]["id"], task.attempts, written)
                 done += written.answered
-                bar.update(len(finished), f"{sum(bool(written.steps) for *_, written in finished.values())} accepted")
+                kept += task.is_kept
+                accepted += bool(written.steps)
+                bar.update(len(finished), kept, f"{accepted} accepted")
     except JournalError as error:
         raise InputError(str(error)) from error
     except ChatServerError as error:
@@ -258,6 +261,7 @@ def _written(
                 kept = journal.get(task.key)
                 task.attempts = kept["attempts"] if kept else 0
                 if kept and (kept["steps"] or kept["attempts"] >= settings.attempts):
+                    task.is_kept = True
                     yield task, Written(tuple(kept["steps"]), kept["reason"])
                 else:
                     ask(task)

@@ -18,7 +18,7 @@ _PROBLEMS_AT_ONCE = 32
 
 _PROBLEM_FIELDS = ("id", "question", "choices")
 
-ShowProgress = Callable[[int], None]
+ShowProgress = Callable[[int, int], None]
 
 
 def sample_candidates(
@@ -46,8 +46,8 @@ def sample_candidates(
             Seed of the run.
         journal ([`Journal`]):
             Keeps what is finished.
-        progress (`Callable[[int], None]`):
-            Called with the number of problems that are done.
+        progress (`Callable[[int, int], None]`):
+            Called with the number of problems that are done, and how many of them were in the journal.
 
     Returns:
         `list[list[list[str]]]`: For each problem the steps of each candidate.
@@ -85,8 +85,8 @@ def score_candidates(
             What the process reward model is, see [`scorer_identity`].
         journal ([`Journal`]):
             Keeps what is finished.
-        progress (`Callable[[int], None]`):
-            Called with the number of problems that are done.
+        progress (`Callable[[int, int], None]`):
+            Called with the number of problems that are done, and how many of them were in the journal.
 
     Returns:
         `list[list[list[float]]]`: For each problem and candidate one score for each step.
@@ -125,8 +125,8 @@ def search_candidates(
             How each problem is searched.
         journal ([`Journal`]):
             Keeps what is finished.
-        progress (`Callable[[int], None]`):
-            Called with the number of problems that are done.
+        progress (`Callable[[int, int], None]`):
+            Called with the number of problems that are done, and how many of them were in the journal.
 
     Returns:
         `list[SearchResult]`: One for each problem.
@@ -150,6 +150,7 @@ def _kept(
 ) -> list[Any]:
     """Take from the journal what is there, and compute and commit the rest."""
     results: list[Any] = []
+    num_found = 0
     for start in range(0, len(problems), _PROBLEMS_AT_ONCE):
         chunk = range(start, min(start + _PROBLEMS_AT_ONCE, len(problems)))
         rows = [problems[index] for index in chunk]
@@ -162,8 +163,10 @@ def _kept(
             for key, row in zip(keys, found, strict=True):
                 assert row is not None
                 journal.commit(key, row)
+        else:
+            num_found += len(chunk)
         results += [row["value"] for row in found if row is not None]
-        progress(len(results))
+        progress(len(results), num_found)
     return results
 
 

@@ -101,7 +101,7 @@ class Stages:
                 nonlocal progress
                 progress = now
                 free = now.trees_from_journal * config.rollout_budget
-                bar.update(now.rollouts + free, f"{now.trees_done} trees finished", free=free)
+                bar.update(now.rollouts + free, free, f"{now.trees_done} trees finished")
 
             trees = list(
                 annotate(
@@ -116,7 +116,8 @@ class Stages:
                 )
             )
             # Trees may end before their budget does
-            bar.update(bar.total, f"{progress.trees_done} trees finished")
+            free = progress.trees_from_journal * config.rollout_budget
+            bar.update(bar.total, free, f"{progress.trees_done} trees finished")
         if progress.trees_from_journal == config.num_problems:
             self.reused.append("annotate")
         return sorted(trees, key=lambda tree: tree["problem_id"])
@@ -251,7 +252,7 @@ class _ShowSteps(TrainerCallback):
             self.loss = f"loss {float(logs['loss']):.3f}"
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(state.global_step, self.loss)
+        self.bar.update(state.global_step, note=self.loss)
 
 
 def _identity(problem: Row) -> list[Any]:

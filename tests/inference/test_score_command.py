@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def num_kept(path):
         return 0
 
 
-def test_killed_and_started_again_equals_uninterrupted(args, scored):
+def test_killed_and_started_again_equals_uninterrupted(args, scored, capsys):
     assert main([*args, "--output", "whole.jsonl"]) == 0
     assert len(scored) == NUM_PROBLEMS
     scored.clear()
@@ -97,7 +98,9 @@ def test_killed_and_started_again_equals_uninterrupted(args, scored):
     assert len(scored) == NUM_PROBLEMS - kept // 32 * 32
     assert num_kept(journal) == NUM_PROBLEMS
     scored.clear()
+    capsys.readouterr()
     assert main([*args, "--output", "again.jsonl", "--journal", str(journal)]) == 0
+    assert re.fullmatch(rf"score: {NUM_PROBLEMS}/{NUM_PROBLEMS}, \d+ s\n", capsys.readouterr().err)
     assert Path("again.jsonl").read_bytes() == Path("whole.jsonl").read_bytes() and not scored
 
 

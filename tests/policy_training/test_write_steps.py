@@ -261,7 +261,7 @@ def num_kept():
         return 0
 
 
-def test_a_killed_run_goes_on_where_it_stopped():
+def test_a_killed_run_goes_on_where_it_stopped(capsys):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
     with ChatServer(rewritten, seconds=0.5) as server:
         command = [sys.executable, "-m", "mm_prm.cli", *arguments(server.url, "--max_concurrency", 2)]
@@ -276,6 +276,9 @@ def test_a_killed_run_goes_on_where_it_stopped():
         server.seconds, before = 0.0, len(server.payloads)
         assert main(arguments(server.url)) == 0
         assert len(server.payloads) - before == 12 - kept
+        capsys.readouterr()
+        assert main(arguments(server.url)) == 0
+        assert re.fullmatch(r"write-steps: 12/12, \d+ s, 12 accepted\n", capsys.readouterr().err)
     assert lines() == WHOLE and left_out() == []
 
 
