@@ -8,6 +8,7 @@ TRL's parser does the reading, as in `trl sft --config`. It lets values from YAM
 bad choices alike, from the file and from flags, and says which file or flag, and which key.
 """
 
+import argparse
 import dataclasses
 import difflib
 import math
@@ -160,11 +161,34 @@ def _plain(value: Any) -> Any:
     return value
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names what is required first and calls it so, and tells a default only where there is one."""
+
+    def add_usage(self, usage: Any, actions: Iterable[argparse.Action], *args: Any, **kwargs: Any) -> None:
+        """Add the usage line."""
+        super().add_usage(usage, sorted(actions, key=_place_in_help), *args, **kwargs)
+
+    def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
+        """Add what each setting is for."""
+        super().add_arguments(sorted(actions, key=_place_in_help))
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.required:
+            return f"{action.help or ''} (required)".lstrip()
+        if action.const is False or action.default in (None, "", []):  # --no_NAME; nothing is the default
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _place_in_help(action: argparse.Action) -> tuple[bool, bool]:
+    return action.dest != "help", not action.required
+
+
 class _SettingsParser(TrlParser):
     """TRL's parser, with one check of keys, types and choices for values from YAML and from flags."""
 
     def __init__(self, classes: Iterable[Any], **kwargs: Any):
-        super().__init__(list(classes), **kwargs)
+        super().__init__(list(classes), formatter_class=_HelpFormatter, **kwargs)
         self.source = ""
         self.hints: dict[str, Any] = {}
         self.choices: dict[str, tuple] = {}
@@ -182,6 +206,8 @@ class _SettingsParser(TrlParser):
                 action.choices = None
             if callable(action.type):
                 action.type = _lenient(action.type)
+            if action.const is False:
+                action.help = f"The same as --{action.dest} false."
             action.help = action.help or help_texts.get(action.dest, "").replace("%", "%%") or None
 
     def read(self, args: Sequence[str] | None) -> tuple[Any, ...]:
@@ -198,6 +224,11 @@ class _SettingsParser(TrlParser):
             raise SettingsError("command line: config: name the YAML file after it")
         if "--config" in words:
             self.source = words[words.index("--config") + 1]
+        # Before argparse looks: of a misspelt flag that is required it would say that it is missing.
+        for word in words:
+            is_flag = word.startswith("--") and word != "--" and " " not in word.partition("=")[0]
+            if is_flag and word.partition("=")[0] not in self._option_string_actions:
+                self._refuse_unknown("command line", word)
         try:
             *instances, from_file, from_flags = self.parse_args_and_config(
                 words, return_remaining_strings=True, separate_remaining_strings=True
@@ -242,7 +273,7 @@ class _SettingsParser(TrlParser):
         raise SettingsError(f"command line: {named}")
 
     def _refuse_unknown(self, source: str, key: Any) -> NoReturn:
-        if source == "command line" and not str(key).startswith("--"):
+        if source == "command line" and (key == "--" or not str(key).startswith("--")):
             raise SettingsError(f"{source}: {key!r} belongs to no setting; write --NAME before a value")
         name = str(key).lstrip("-").split("=")[0]
         close = difflib.get_close_matches(name.replace("-", "_"), self.hints, n=1)

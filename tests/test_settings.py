@@ -47,7 +47,7 @@ class Search:
 
 @dataclass
 class Output:
-    output_dir: str
+    output_dir: str = field(metadata={"help": "Where it goes."})
     precision: Literal[8, 16] | None = None
 
 
@@ -183,10 +183,19 @@ def test_files_and_command_lines_that_cannot_be_read(tmp_path):
         (["word"], "command line: 'word' belongs to no setting"),
         (["--num_rollouts"], "command line: num_rollouts: expected one argument"),
         (["--colour=red"], "command line: colour: there is no such setting"),
+        (["--", "word"], "command line: '--' belongs to no setting"),
     ):
         with pytest.raises(SettingsError) as caught:
             parse_settings(Search, args)
         assert message in str(caught.value)
+
+
+def test_a_required_flag_that_is_misspelt_is_not_said_to_be_missing():
+    with pytest.raises(
+        SettingsError, match="command line: ouput_dir: there is no such setting; did you mean 'output_dir'"
+    ):
+        parse_settings(Output, ["--ouput_dir", "x"])
+    assert parse_settings(Output, ["--output_dir", "--a b"]).output_dir == "--a b"
 
 
 def test_what_was_written_reads_back_equal(tmp_path):
@@ -238,6 +247,17 @@ def test_help_comes_from_the_docstring(capsys):
     assert "{omegaprm,flat}" in text
     assert "Where to run." in text
     assert "--config FILE" in text
+
+
+def test_help_names_what_is_required_first_and_no_default_where_there_is_none(capsys):
+    with pytest.raises(SystemExit):
+        parse_settings((Search, Output), ["--help"], prog="mm-prm annotate")
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith("usage: mm-prm annotate [-h] --output_dir OUTPUT_DIR [--num_rollouts")
+    assert "--output-dir OUTPUT_DIR Where it goes. (required) --num_rollouts" in text
+    assert "--no_shuffle, --no-shuffle The same as --shuffle false. --verbose" in text
+    assert "How to search. (default: omegaprm)" in text
+    assert "(default: None)" not in text
 
 
 def test_settings_of_the_rows_can_be_read(tmp_path):
