@@ -5,8 +5,10 @@ import json
 import datasets
 import pytest
 from PIL import Image
+from transformers import AutoTokenizer
 
 from mm_prm.cli import main
+from mm_prm.embedded import model_path
 
 from .chat_server import ChatServer
 
@@ -60,6 +62,24 @@ def test_policy_and_judge_behind_servers():
         assert not policy.payloads + judge.payloads
         assert annotate(policy, "--judge", "llm", *flags[2:4], "--judge_base_urls", judge.url) == 0
         assert policy.payloads  # another judge, other trees
+
+
+def test_trees_of_another_tokenizer_are_grown_anew():
+    with ChatServer(solve) as policy:
+
+        def asks(*flags):
+            policy.payloads.clear()
+            assert annotate(policy, *flags) == 0
+            return bool(policy.payloads)
+
+        tokenizer = AutoTokenizer.from_pretrained(model_path("mini-policy"))
+        for folder in ("tokenizer", "copy"):
+            tokenizer.save_pretrained(folder)
+        assert asks() and asks("--policy_tokenizer", "tokenizer")
+        assert not asks() and not asks("--policy_tokenizer", "copy")
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<count>"]})
+        tokenizer.save_pretrained("copy")
+        assert asks("--policy_tokenizer", "copy") and not asks("--policy_tokenizer", "tokenizer")
 
 
 def test_a_problem_that_the_servers_refuse_fails_and_the_others_go_on(capsys):

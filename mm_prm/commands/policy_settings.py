@@ -100,7 +100,11 @@ class PolicySettings:
             from mm_prm.policies.settings import default_dtype
 
             return settings | {"dtype": self.policy_dtype or default_dtype(self.policy_device)}
-        return settings if self.policy_engine == "server" else settings | {"dtype": self.policy_dtype}
+        if self.policy_engine == "vllm":
+            settings["dtype"] = self.policy_dtype
+            if self.policy_max_model_len is not None:  # it cuts rollouts, too
+                settings["max_model_len"] = self.policy_max_model_len
+        return settings
 
     def check_policy(self) -> None:
         """Raises `ValueError` where settings do not go together."""
@@ -118,12 +122,15 @@ class PolicySettings:
 
     def policy_identity(self) -> str:
         """What the policy is, for the journal's key."""
-        from mm_prm.annotation.identity import describe
+        from mm_prm.annotation.identity import checkpoint_identity, describe
 
         with reading_input("policy", self.policy):
             if self.policy_engine == "server":
                 # A server's address says nothing about its model, and may change from run to run.
-                return describe(self._opener(), None, {"model": self.policy, **self.policy_settings()})
+                settings = {"model": self.policy, **self.policy_settings()}
+                if self.policy_tokenizer is not None:  # its special tokens are broken up in what is sent
+                    settings["tokenizer"] = checkpoint_identity(self.policy_tokenizer)
+                return describe(self._opener(), None, settings)
             return describe(self._opener(), self._path(), self.policy_settings())
 
     def open_policy(self) -> "Policy":
@@ -144,7 +151,6 @@ class PolicySettings:
                 )
             if self.policy_engine == "vllm":
                 engine: dict[str, Any] = {
-                    "max_model_len": self.policy_max_model_len,
                     "gpu_memory_utilization": self.policy_gpu_memory_utilization,
                     "tensor_parallel_size": self.policy_tensor_parallel_size,
                 }

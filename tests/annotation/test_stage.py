@@ -160,6 +160,11 @@ def test_a_setting_left_out_is_its_default_and_where_it_runs_does_not_count(tmp_
     )
     assert describe(RulesJudge, None, {}) == describe(RulesJudge, None, {"timeout_seconds": 5.0})
 
+    def with_vllm(**settings):
+        return AnnotateSettings(problems="", output="", policy_engine="vllm", **settings).policy_identity()
+
+    assert with_vllm() == with_vllm(policy_gpu_memory_utilization=0.5) != with_vllm(policy_max_model_len=512)
+
 
 def test_code_counts(tmp_path, monkeypatch):
     package = tmp_path / "my_judges"
