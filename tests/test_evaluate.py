@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from mm_prm.annotation import identity
 from mm_prm.annotation.identity import checkpoint_digest
 from mm_prm.annotation.journal import Journal
 from mm_prm.annotation.protocols import Verdict
@@ -249,11 +250,20 @@ def test_models_that_cannot_be_had_are_named_and_engines_have_their_settings(pro
         assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_figures_say_which_checkpoint_was_measured(problems, tiny_prm_path):
+def test_figures_say_which_checkpoint_was_measured(problems, tiny_prm_path, monkeypatch):
     rows = [{"problem_id": problems[0]["id"], "candidates": [["The answer is 977."], ["The answer is 3."]]}]
     Path("candidates.jsonl").write_text(json.dumps(rows[0]), encoding="utf-8")
     flags = ["--candidates", "candidates.jsonl", "--model", str(tiny_prm_path), "--output", "out"]
-    assert main([*ARGS, *flags]) == 0
+    read_folders = []
+
+    def counted(path):
+        read_folders.append(str(path))
+        return checkpoint_digest(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(identity, "checkpoint_digest", counted)
+        assert main([*ARGS, *flags]) == 0
+    assert read_folders == [str(tiny_prm_path)]  # gigabytes, for many a model
     pools = ["--pools", "out/pools.parquet", "--output_json", "best.json"]
     assert main(["best-of-n", *pools, "--model", str(tiny_prm_path), "--num_resamples", "10"]) == 0
     figures = json.loads(Path("best.json").read_text(encoding="utf-8"))

@@ -8,7 +8,6 @@ import mm_prm
 from mm_prm.annotation.identity import code_digest
 from mm_prm.commands.score import ScoreSettings
 from mm_prm.embedded import model_path
-from mm_prm.evaluation import scorer_identity
 
 
 def test_scoring_code_counts_and_that_of_commands_does_not(tmp_path, monkeypatch):
@@ -39,11 +38,15 @@ def test_scoring_code_counts_and_that_of_commands_does_not(tmp_path, monkeypatch
 
 
 def test_model_engine_and_dtype_count(tmp_path):
+    def identity(model, engine, dtype=None):
+        settings = {"pools": "p", "problems": "q", "output": "o", "model": str(model)}
+        return ScoreSettings(**settings, engine=engine, dtype=dtype).scorer_identity()
+
     shutil.copytree(model_path("mini-prm"), tmp_path / "prm")
-    first = scorer_identity(model_path("mini-prm"), "transformers")
-    assert scorer_identity(tmp_path / "prm", "transformers") == first
-    assert scorer_identity(tmp_path / "prm", "vllm") != first
-    assert scorer_identity(tmp_path / "prm", "transformers", "bfloat16") != first
+    first = identity("mini-prm", "transformers")
+    assert identity(tmp_path / "prm", "transformers") == first
+    assert identity(tmp_path / "prm", "vllm") != first
+    assert identity(tmp_path / "prm", "transformers", "bfloat16") != first
     with (tmp_path / "prm" / "config.json").open("a") as config:
         config.write(" ")
-    assert scorer_identity(tmp_path / "prm", "transformers") != first
+    assert identity(tmp_path / "prm", "transformers") != first

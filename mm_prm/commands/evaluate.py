@@ -89,12 +89,10 @@ def main(args: Sequence[str], prog: str) -> int:
 
 def run(settings: EvaluateSettings) -> int:
     """Sample, score, judge and measure; print the table."""
-    from mm_prm.annotation.identity import checkpoint_identity
     from mm_prm.annotation.journal import Journal, JournalError
     from mm_prm.chat_client import ChatServerError
     from mm_prm.commands.files import write_json
     from mm_prm.data.benchmarks import load_benchmark
-    from mm_prm.embedded import model_path
     from mm_prm.inference.served import ScoreServerError
     from mm_prm.settings import write_settings
 
@@ -127,7 +125,7 @@ def run(settings: EvaluateSettings) -> int:
         "num_benchmark_problems": len(loaded.problems),
         "policy": None if loaded.solutions or settings.candidates else settings.policy,
         "model": settings.model,
-        "model_checkpoint": checkpoint_identity(model_path(settings.find_model())),
+        "model_checkpoint": settings.model_checkpoint,
         "answer_rule": loaded.benchmark.answer_rule,
         "left_out": loaded.left_out,
         "paper": dict(loaded.benchmark.paper),

@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from mm_prm.commands import reading_input
@@ -114,12 +115,19 @@ class ScorerSettings:
 
     def scorer_identity(self) -> str:
         """What gives the scores, for the journal's key. A server is asked which model it has, if none is given."""
-        from mm_prm.embedded import model_path
         from mm_prm.evaluation import scorer_identity
+
+        return scorer_identity(self.model_checkpoint, self._model_engine(), self.dtype)
+
+    @cached_property
+    def model_checkpoint(self) -> str | list[str]:
+        """What the model's checkpoint is: its digest, for which a local one is read once, or name and revision."""
+        from mm_prm.annotation.identity import checkpoint_identity
+        from mm_prm.embedded import model_path
 
         model = self.find_model()
         with self._reading_model():
-            return scorer_identity(model_path(model), self._model_engine(), self.dtype)
+            return checkpoint_identity(model_path(model))
 
     def _model_engine(self) -> str:
         return self.engine or ("transformers" if self.base_url is None else "server")
