@@ -5,6 +5,8 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mm_prm.engine_guard import EngineGuard, open_guarded
+
 from .solutions import (
     Steps,
     check_token_ids,
@@ -139,8 +141,8 @@ class VLLMScorer:
         from mm_prm.models import ProcessRewardProcessor
 
         self.processor = ProcessRewardProcessor.from_pretrained(path)
-        self.engine = LLM(model=os.fspath(path), **(arguments | engine_settings))
-        self.close = weakref.finalize(self, self.engine.llm_engine.engine_core.shutdown)
+        self.engine, guard = open_guarded(lambda: LLM(model=os.fspath(path), **(arguments | engine_settings)))
+        self.close = weakref.finalize(self, _stop, self.engine.llm_engine.engine_core, guard)
         self._checked: set[bool] = set()  # with images, without
 
     def score(
@@ -175,6 +177,12 @@ class VLLMScorer:
                     check_token_ids(problem, expected, output.prompt_token_ids, "vLLM")
                     self._checked.add(bool(images[index]))
                 rows = output.outputs.data.tolist()
+                if len(rows) == len(output.prompt_token_ids):  # vLLM 0.26 pools at every token, whatever it is told
+                    rows = [
+                        row
+                        for row, token in zip(rows, output.prompt_token_ids, strict=True)
+                        if token == self.processor.step_token_id
+                    ]
                 scores[index][steps] = right_probabilities(problem, steps, rows, "vLLM")
             if progress is not None:
                 progress(start + len(window), len(jobs))
@@ -184,3 +192,10 @@ class VLLMScorer:
         text = self.processor.text(problem, steps)
         prompt = {"prompt_token_ids": self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]}
         return prompt | ({"multi_modal_data": {"image": images}} if images else {})
+
+
+def _stop(engine_core: Any, guard: EngineGuard) -> None:
+    try:
+        engine_core.shutdown()
+    finally:
+        guard.stop()

@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import multiprocessing
 import queue
 import threading
 import weakref
@@ -14,8 +13,8 @@ from typing import Any
 from PIL import Image
 
 from mm_prm.annotation.protocols import Generation, Problem, Rollout, RolloutRequest, RolloutStatus
+from mm_prm.engine_guard import EngineGuard, open_guarded
 
-from .engine_guard import EngineGuard
 from .prompts import PromptBuilder
 from .settings import check_sampling
 from .steps import STEP_ENDS, StepFormat, first_step, parse_steps
@@ -96,10 +95,10 @@ class VLLMPolicy:
             arguments["enable_chunked_prefill"] = False
         arguments |= engine_settings
         # As vLLM's own `LLM` class: without it, an engine takes 128 sequences at once, an eighth of what a large GPU does.
-        others = multiprocessing.active_children()
-        engine = LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
-        started = [child.pid for child in multiprocessing.active_children() if child not in others and child.pid]
-        self._engine = _Engine(engine, EngineGuard(started))
+        engine, guard = open_guarded(
+            lambda: LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
+        )
+        self._engine = _Engine(engine, guard)
         self.close = weakref.finalize(self, self._engine.stop)
 
     def submit(self, problem: Problem, request: RolloutRequest) -> "Future[Generation]":

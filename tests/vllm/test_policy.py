@@ -189,23 +189,33 @@ def test_the_server_gives_what_the_engine_gives(policy, server):
 OPEN = f"""
 import time
 from mm_prm.embedded import model_path
+from mm_prm.inference import VLLMScorer
 from mm_prm.policies.vllm import VLLMPolicy
 
 if __name__ == "__main__":
     policy = VLLMPolicy(model_path("mini-policy"), enforce_eager=True, **{ENGINE})
     print("open", flush=True)
+    scorer = VLLMScorer(model_path("mini-prm"), enforce_eager=True, **{ENGINE})
     time.sleep(600)
 """
 
 
+def engines_of(process):
+    """The processes of its engines, which have a name of their own as soon as they load a model."""
+    return [child for child in process.children(recursive=True) if "VLLM::EngineCore" in " ".join(child.cmdline())]
+
+
 def test_a_killed_process_leaves_no_engine(tmp_path):
+    """Neither that of the policy, which is open, nor that of the scorer, which is just being opened."""
     program = tmp_path / "program.py"
     program.write_text(OPEN, encoding="utf-8")
     process = subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, text=True)
     while process.stdout.readline().strip() != "open":
         assert process.poll() is None
+    while len(engines_of(psutil.Process(process.pid))) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
     left = psutil.Process(process.pid).children(recursive=True)
-    assert any("VLLM" in " ".join(child.cmdline()) for child in left)
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
