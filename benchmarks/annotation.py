@@ -16,9 +16,8 @@ Each turn has problems of its own; one of a few problems comes first, to warm up
 - at once: rollouts that the engine had been asked for and had not handed back, on average over the time.
 
 On a GPU, with the embedded policy, and with a model of 2.2 B parameters with random weights that writes rollouts of 256 tokens
-about pictures of 256 tokens; the loop takes the first problems of a turn only, and rates are compared (not run yet;
-vLLM before 0.32 needs VLLM_USE_V2_MODEL_RUNNER=1, else it draws the noise of one seed after the other; where CUDA graphs
-cannot be made, --engine_settings '{"enforce_eager": true}'):
+about pictures of 256 tokens; the loop takes the first problems of a turn only, and rates are compared (not run yet; where
+CUDA graphs cannot be made, --engine_settings '{"enforce_eager": true}'):
 
     python benchmarks/annotation.py --num_problems 256 --baseline_problems 8 --trees_in_flight 64 --rollout_budget 112
         --judge_delay 0 0.2 --judge_concurrency 512 --repeats 2 --output_json mini.json
@@ -306,7 +305,7 @@ def main() -> None:
             if not all(seen["labels"] for turn in turns for seen in turn.values()):
                 raise SystemExit("some turn gave no label: take more problems")
             tables.append(make_table(turns, f"a judge of {delay:g} s more a call"))
-    report(args, tables)
+            report(args, tables)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,19 @@ Qwen2.5-VL with random weights as process reward model, 2.2 billion parameters u
 - shared prefix: `Scorer`; what candidates share is computed once.
 - vLLM: `VLLMScorer` (with `--vllm`), which recomputes the prefix of each candidate, since its STEP pooling allows no prefix
   cache. Its engine is a process of its own on the same device, with `--gpu_memory_utilization` of its memory, and serves the
-  checkpoint that the others hold, so that all take turns in one run.
+  checkpoint that the others hold, so that all take turns in one run. Where it fails, the others are measured all the same.
 
 Each turn has pictures, questions and solutions of its own, since vLLM keeps pictures that it has seen. Preparing texts and
 pictures is in the time of all. Memory is the most that a way allocated at once above the weights; of vLLM it is all that
 its engine took when it started.
 
-On a GPU (not run yet): the command above, with vLLM installed; --gpu_memory_utilization 0.35 on one of 80 GB.
+On a GPU (not run yet): the command above, with vLLM installed; --gpu_memory_utilization 0.35 on one of 80 GB; where CUDA
+graphs cannot be made, --engine_settings '{"enforce_eager": true}'.
 """
 
 import argparse
 import itertools
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,6 +116,17 @@ class PackedRows:
         return [list(itertools.islice(each, len(solutions))) for solutions in candidates]
 
 
+class Unopened:
+    """A scorer that could not be opened: it fails when its turn comes."""
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+    def score(self, problems: list[dict[str, Any]], candidates: list[list[list[str]]]) -> Scores:
+        """Says what the error was."""
+        raise self.error
+
+
 def to_device(value: Any, model: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
@@ -190,6 +203,7 @@ def main() -> None:
     parser.add_argument("--max_tokens", type=int, default=16384, help="of a batch (default: 16384)")
     parser.add_argument("--vllm", action="store_true", help="with VLLMScorer")
     parser.add_argument("--gpu_memory_utilization", type=float, default=0.3, help="vLLM's share (default: 0.3)")
+    parser.add_argument("--engine_settings", type=json.loads, default={}, help="further ones of vLLM, as JSON")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -200,18 +214,10 @@ def main() -> None:
 def measure(args: argparse.Namespace, folder: Path) -> None:
     prm = make_prm(args, folder)
     memory: dict[str, int] = {}
-    vllm = None
+    vllm: VLLMScorer | Unopened | None = None
     if args.vllm:  # the engine first: it looks at how much memory is free
         before = free_memory(args)
-        vllm = VLLMScorer(
-            prm,
-            dtype=args.dtype,
-            max_model_len=min(args.max_tokens, 8192),
-            max_images=1,
-            max_num_batched_tokens=args.max_tokens,
-            gpu_memory_utilization=args.gpu_memory_utilization,
-            enforce_eager=args.device == "cpu",
-        )
+        vllm = open_vllm(args, prm)
         if args.device.startswith("cuda"):
             memory["vLLM"] = before - free_memory(args)
     shared = Scorer.from_pretrained(prm, dtype=args.dtype, device=args.device, max_tokens=args.max_tokens)
@@ -249,17 +255,35 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         return run
 
     variants = {name: runs(name, way) for name, way in ways.items()}
-    table = compare(args, variants, args.num_problems * args.num_candidates, "candidates")
+    table = compare(args, variants, args.num_problems * args.num_candidates, "candidates", optional=["vLLM"])
     flat = {name: [step for one in scores for steps in one for step in steps] for name, scores in found.items()}
     table["largest_difference"] = max(
         abs(new - old) for scores in flat.values() for new, old in zip(scores, flat[BASELINE], strict=True)
     )
     print(f"largest difference of the scores: {table['largest_difference']:.1e}")
-    for name, number in memory.items():
-        table["variants"][name]["memory_bytes"] = number
-        print(f"{name}: {number / 2**30:.1f} GiB")
+    for name, row in table["variants"].items():
+        if name in memory:
+            row["memory_bytes"] = memory[name]
+            print(f"{name}: {memory[name] / 2**30:.1f} GiB")
     table |= {"tokens": lengths, "parameters": model.num_parameters()}
     report(args, [table])
+    if table["failed"]:
+        raise SystemExit(f"failed: {table['failed']}")
+
+
+def open_vllm(args: argparse.Namespace, prm: str) -> VLLMScorer | Unopened:
+    """vLLM's scorer, or its error."""
+    settings = {
+        "max_model_len": min(args.max_tokens, 8192),
+        "max_num_batched_tokens": args.max_tokens,
+        "gpu_memory_utilization": args.gpu_memory_utilization,
+        "enforce_eager": args.device == "cpu",
+        **args.engine_settings,
+    }
+    try:
+        return VLLMScorer(prm, dtype=args.dtype, max_images=1, **settings)
+    except Exception as error:
+        return Unopened(error)
 
 
 def make_prm(args: argparse.Namespace, folder: Path) -> str:

@@ -8,8 +8,10 @@ median over the turns is given with its extremes. Absolute times mean little any
 import argparse
 import json
 import os
+import sys
 import time
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -26,6 +28,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
             Docstring of the benchmark.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # Asked in any other way, CUDA cannot be used in a process that is forked later, such as vLLM's engine.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help=f"where to compute (default: {device})")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads on the CPU")
@@ -36,10 +40,15 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def compare(
-    args: argparse.Namespace, variants: Mapping[str, Callable[[], object]], amount: float, unit: str, case: str = ""
+    args: argparse.Namespace,
+    variants: Mapping[str, Callable[[], object]],
+    amount: float,
+    unit: str,
+    case: str = "",
+    optional: Collection[str] = (),
 ) -> dict:
     """
-    Times the variants, prints their table and returns it.
+    Times the variants, prints each turn as it ends, then their table, and returns it.
 
     Args:
         args (`argparse.Namespace`):
@@ -52,17 +61,34 @@ def compare(
             What is done, in the plural.
         case (`str`, *optional*, defaults to `""`):
             Heading, where a benchmark has several tables.
+        optional (`Collection[str]`, *optional*, defaults to `()`):
+            Variants whose failure is not the benchmark's: one takes no further turn, and the table has its error
+            instead of its times.
     """
     torch.set_num_threads(args.threads)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    failed: dict[str, str] = {}
     for turn in range(args.warmups + args.repeats):
-        for name, run in variants.items():
+        told = []
+        for name in list(seconds):
             start = time.perf_counter()
-            run()
+            try:
+                variants[name]()
+            except Exception as error:
+                if name not in optional:
+                    raise
+                traceback.print_exc()
+                failed[name] = f"{type(error).__name__}: {error}"
+                del seconds[name]
+                continue
             if args.device.startswith("cuda"):
                 torch.cuda.synchronize()
+            took = time.perf_counter() - start
+            told.append(f"{name} {took:.3f} s")
             if turn >= args.warmups:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(took)
+        kind = "turn" if turn >= args.warmups else "warm-up"
+        print(f"{kind}: {', '.join(told)}", file=sys.stderr, flush=True)
     baseline = next(iter(variants))
     rows = {}
     for name, values in seconds.items():
@@ -79,7 +105,7 @@ def compare(
             f"{name:{width}}  {row[f'{unit}_per_second']:14,.1f}  {_spread(row['seconds'], 3):>24}  "
             f"{_spread(row['times_baseline'], 2):>22}"
         )
-    return {"case": case, "baseline": baseline, "amount": amount, "unit": unit, "variants": rows}
+    return {"case": case, "baseline": baseline, "amount": amount, "unit": unit, "variants": rows, "failed": failed}
 
 
 def report(args: argparse.Namespace, tables: list[dict]) -> None:

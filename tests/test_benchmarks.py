@@ -1,5 +1,6 @@
 """Every benchmark runs at a size that says nothing, and writes a table against its baseline."""
 
+import importlib.util
 import json
 import runpy
 import sys
@@ -8,6 +9,11 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SCORERS = ["batches of 4, all logits", "padded rows", "packed rows", "shared prefix"]
+SCORING = (
+    "--dtype float32 --num_layers 2 --hidden_size 256 --num_problems 1 --num_candidates 5 --image_height 2 "
+    "--image_width 3 --question_tokens 20 --solution_tokens 40 --num_steps 4 --max_tokens 512"
+)
 
 
 @pytest.mark.parametrize(
@@ -28,12 +34,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
             "--num_problems 2 --num_rollouts 2 --max_new_tokens 4",
             [["generate, all problems", "generate, one problem at a time", "TransformersPolicy"]],
         ),
-        (
-            "scoring",
-            "--dtype float32 --num_layers 2 --hidden_size 256 --num_problems 1 --num_candidates 5 --image_height 2 "
-            "--image_width 3 --question_tokens 20 --solution_tokens 40 --num_steps 4 --max_tokens 512",
-            [["batches of 4, all logits", "padded rows", "packed rows", "shared prefix"]],
-        ),
+        ("scoring", SCORING, [SCORERS]),
         (
             "training",
             "--dtype float32 --num_layers 1 --hidden_size 32 --vision_depth 8 --vision_size 16 --vocab_size 1100 --num_trees 1 "
@@ -63,6 +64,22 @@ def test_benchmark_runs(name, arguments, variants, tmp_path, monkeypatch, capsys
             assert row[f"{table['unit']}_per_second"] == pytest.approx(table["amount"] / row["seconds"]["median"])
             assert f"{row['times_baseline']['median']:.2f} (" in printed
         assert table.get("largest_difference", 0) < 1e-5
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_scoring_without_vllm_measures_the_others(tmp_path, monkeypatch, capsys):
+    script, output = BENCHMARKS / "scoring.py", tmp_path / "table.json"
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    command = f"{script} {SCORING} --vllm --device cpu --threads 1 --repeats 1 --warmups 0 --output_json {output}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(SystemExit, match=r"failed: .*vLLM cannot be imported"):
+        runpy.run_path(str(script), run_name="__main__")
+    [table] = json.loads(output.read_text())["tables"]
+    assert list(table["variants"]) == SCORERS and list(table["failed"]) == ["vLLM"]
+    # Each turn is told when it ends, whatever comes later
+    told = capsys.readouterr().err.splitlines()[-1]
+    seconds = [f"{name} {row['seconds']['median']:.3f} s" for name, row in table["variants"].items()]
+    assert told == f"turn: {', '.join(seconds)}"
 
 
 def test_benchmark_of_two_gpus_trains_as_one_of_its_launches(tmp_path, monkeypatch):
