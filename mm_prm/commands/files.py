@@ -1,8 +1,8 @@
 """Files of rows that commands read and write: folders of `datasets`, parquet, JSON lines; and what lies beside them."""
 
 import json
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow.parquet
 from mm_prm.commands import InputError, reading_input
 from mm_prm.data.features import FEATURES, RowKind
 from mm_prm.settings import write_settings
+from mm_prm.unfinished import unfinished_folder
 
 SUFFIXES = (".parquet", ".jsonl")
 
@@ -97,8 +98,10 @@ def write_rows(
         `int`: Number of rows.
     """
     schema = FEATURES[kind].arrow_schema
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
-        spool = Path(folder) / "rows.arrow"
+    with ExitStack() as stack:
+        with reading_input("output"):
+            folder = stack.enter_context(unfinished_folder(output))
+        spool = folder / "rows.arrow"
         with pa.OSFile(str(spool), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             for batch in _batches(rows):
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
@@ -109,7 +112,7 @@ def write_rows(
         if output.suffix not in SUFFIXES:
             dataset.save_to_disk(str(output))
             return len(dataset)
-        part = Path(folder) / output.name
+        part = folder / output.name
         if output.suffix == ".parquet":
             dataset.to_parquet(str(part))
         else:

@@ -8,7 +8,6 @@ SentencePiece tokenizer and tiling in the calling program. The checkpoint writte
 """
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging
+
+from mm_prm.unfinished import unfinished_folder
 
 from .auto import REWARD_TOKENS, STEP_TOKEN, set_process_reward_config
 from .convert_internvl_config import Released, convert_config, head_name, image_processors, read_config, read_json
@@ -130,8 +131,8 @@ def convert_internvl_chat(
     if tokenizer is not None:
         _set_generation_config(model, tokenizer)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as folder:
-        checkpoint = Path(folder) / destination.name
+    with unfinished_folder(destination) as folder:
+        checkpoint = folder / destination.name
         model.save_pretrained(checkpoint, max_shard_size="5GB")
         (reward_processor or processor).save_pretrained(checkpoint)
         checkpoint.rename(destination)

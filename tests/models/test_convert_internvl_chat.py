@@ -713,7 +713,7 @@ def test_nothing_half_written_is_left(released, tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(InternVLProcessor, "save_pretrained", full_disk)
-    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / ".out.unfinished" / "out").mkdir(parents=True)  # of a run that was killed
     with pytest.raises(OSError, match="No space left"):
         convert_internvl_chat(source, tmp_path / "target" / "out")
     assert not list((tmp_path / "target").iterdir())
