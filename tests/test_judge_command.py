@@ -208,9 +208,8 @@ def test_a_killed_run_goes_on_after_what_it_finished(capsys):
     write(Path("in.jsonl"), rows)
     command = [sys.executable, "-m", "mm_prm.cli", "judge", "--input", "in.jsonl", "--output", "out.jsonl"]
     flags = ["--num_workers", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     part = Path(".out.jsonl.part")
-    run = subprocess.Popen([*command, *flags], env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    run = subprocess.Popen([*command, *flags], start_new_session=True, stderr=subprocess.DEVNULL)
     while not part.exists() or not part.stat().st_size:
         assert run.poll() is None
         time.sleep(0.01)

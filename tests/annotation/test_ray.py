@@ -14,7 +14,6 @@ from tests.annotation.scripted import ScriptedJudge, ScriptedPolicy, make_proble
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'mm-prm[ray]'")
 
-ROOT = str(Path(__file__).parents[2])
 CONFIG = AnnotationConfig(num_rollouts=4, rollout_budget=20, trees_in_flight=8)
 IDENTITIES = {"policy_identity": "scripted", "judge_identity": "scripted"}
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
@@ -40,8 +39,6 @@ def cluster(monkeypatch):
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    paths = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
-    monkeypatch.setenv("PYTHONPATH", paths)  # nodes and workers inherit it
     cluster = Cluster(initialize_head=True, head_node_args=NODE)
     yield cluster
     ray.shutdown()

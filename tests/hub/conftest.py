@@ -10,7 +10,6 @@ import pytest
 
 from .loopback import LoopbackHub
 
-REPOSITORY = Path(__file__).parents[2]
 TOKENS = {
     "hf_writes_secret": ("me", "write"),
     "hf_reads_secret": ("me", "read"),
@@ -37,7 +36,6 @@ class Session:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "TQDM_DISABLE": "1",  # as the command line sets it before anything is imported
             "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
         }
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(Path(__file__).parent / "session.py")],

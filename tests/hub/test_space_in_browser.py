@@ -17,7 +17,6 @@ from mm_prm.embedded import embedded_path
 from mm_prm.inference import Scorer
 
 from ..browser import browser_test, open_browser
-from .conftest import REPOSITORY
 
 
 @pytest.fixture
@@ -41,7 +40,6 @@ def address(hub, session, tmp_path):
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "GRADIO_ANALYTICS_ENABLED": "False",
         "GRADIO_SERVER_PORT": str(port),
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
     }
     log = tmp_path / "app.log"
     with log.open("w") as lines:

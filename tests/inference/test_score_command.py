@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 import signal
 import subprocess
@@ -21,7 +20,6 @@ from mm_prm.inference import Scorer
 from ..testing_utils import tiny_image
 from .pooling_server import PoolingServer
 
-REPOSITORY = Path(__file__).parents[2]
 NUM_PROBLEMS = 80  # more than are scored together
 
 
@@ -83,8 +81,7 @@ def test_killed_and_started_again_equals_uninterrupted(args, scored, capsys):
     scored.clear()
 
     journal = Path("cut.jsonl.journal.sqlite")
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.Popen([sys.executable, "-m", "mm_prm.cli", *args, "--output", "cut.jsonl"], env=environment)
+    process = subprocess.Popen([sys.executable, "-m", "mm_prm.cli", *args, "--output", "cut.jsonl"])
     while process.poll() is None and num_kept(journal) == 0:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)

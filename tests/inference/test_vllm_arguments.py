@@ -18,8 +18,6 @@ from mm_prm.embedded import model_path
 from mm_prm.inference import VLLMScorer
 from mm_prm.inference.vllm import vllm_arguments
 
-REPOSITORY = Path(__file__).parents[2]
-
 
 def test_arguments_of_the_embedded_model():
     config = json.loads(Path(model_path("mini-prm"), "config.json").read_text(encoding="utf-8"))
@@ -137,7 +135,7 @@ def test_the_command_is_printed_and_becomes_the_server(tmp_path):
     program.chmod(0o755)
     run = subprocess.run(
         [sys.executable, "-m", "mm_prm.cli", "serve", "mini-prm", "--", "--port", "9001", "--enforce-eager"],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "PATH": str(tmp_path)},
+        env={**os.environ, "PATH": str(tmp_path)},
         capture_output=True,
         text=True,
     )

@@ -53,7 +53,7 @@ def train_by_recipe(
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(num_processes)))} if torch.cuda.is_available() else {}
     result = subprocess.run(
         [sys.executable, *launch, *flags],
-        env={**os.environ, **visible, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, **visible, "OMP_NUM_THREADS": "1"},
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
