@@ -111,7 +111,7 @@ def test_every_chat_template_renders_to_the_text_of_the_row(architecture):
 
 
 def test_requests_are_in_flight_together(server, problems):
-    server.seconds_per_request = 0.05
+    server.seconds_per_request = 0.5
     ServedScorer(server.url + "/v1/", max_concurrency=3).score(problems[:1], [CANDIDATES])
     assert server.most_in_flight == 3
 
