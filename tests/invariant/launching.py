@@ -53,7 +53,8 @@ def train_by_recipe(
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(num_processes)))} if torch.cuda.is_available() else {}
     result = subprocess.run(
         [sys.executable, *launch, *flags],
-        env={**os.environ, **visible, "OMP_NUM_THREADS": "1"},
+        # The launcher leaves a folder in TMPDIR.
+        env={**os.environ, **visible, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)},
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

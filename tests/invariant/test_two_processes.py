@@ -23,7 +23,8 @@ def two(tiny_prm_path, tmp_path_factory):
     script = ["-m", "tests.invariant.two_processes", tiny_prm_path, "4", str(folder)]
     result = subprocess.run(
         [sys.executable, *launcher, *script],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        # The launcher leaves a folder in TMPDIR.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TMPDIR": str(folder)},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

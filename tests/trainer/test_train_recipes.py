@@ -52,7 +52,7 @@ def test_accelerate_launches_two_processes(tiny_vlm_path, tmp_path):
     launch += ["--mixed_precision", "no", "--main_process_port", "0", "-m", "mm_prm.train"]
     result = subprocess.run(
         [sys.executable, *launch, *(word for name, value in flags.items() for word in (f"--{name}", value))],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},  # the launcher leaves a folder there
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
