@@ -18,6 +18,7 @@ from mm_prm import __version__
 from mm_prm.annotation import AnnotationConfig, Generation, Journal, MCTSAnnotator, Rollout
 from mm_prm.cli import COMMANDS, main
 from mm_prm.commands.annotate import AnnotateSettings
+from mm_prm.commands.files import read_table
 from mm_prm.data import load_problems, validate_rows
 from mm_prm.settings import parse_settings
 
@@ -37,8 +38,7 @@ def _own_folder(tmp_path, monkeypatch):
 
 def run_python(program, *args):
     command = [sys.executable, "-c", program, *args]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 # Help and version
@@ -344,6 +344,25 @@ def test_settings_that_cannot_be_used(flags, message, problems_file, capsys):
     assert "Traceback" not in error
 
 
+def test_a_run_that_cannot_begin_leaves_the_output_of_another_and_its_settings(policy, problems_file, capsys):
+    assert annotate("--problems", problems_file, "--output", "trees") == 0
+    settings = Path("trees.settings.yaml").read_text()
+    assert annotate("--problems", "gone.json", "--output", "trees") == 2
+    assert Path("trees.settings.yaml").read_text() == settings
+    load_problems(problems_file)[0].save_to_disk("saved")
+    assert annotate("--problems", "saved", "--output", "./saved/") == 2
+    assert "mm-prm annotate: output: saved is the input, too" in capsys.readouterr().err
+    assert "question" in datasets.load_from_disk("saved").column_names
+
+
+def test_a_journal_in_the_home_folder(policy, problems_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert annotate("--problems", problems_file, "--output", "trees", "--journal", "~/journals/trees.sqlite") == 0
+    with Journal(tmp_path / "home" / "journals" / "trees.sqlite", read_only=True) as journal:
+        assert len(journal) == 3
+    assert not Path("~").exists()
+
+
 def test_a_journal_has_one_writer(policy, problems_file, capsys):
     with Journal("trees.journal.sqlite"):
         assert annotate("--problems", problems_file, "--output", "trees") == 2
@@ -399,6 +418,14 @@ def test_rows_of_a_folder_a_file_and_a_journal(trees, capsys):
     from_journal = datasets.Dataset.from_parquet("rows.parquet")
     assert from_journal["completions"][:] == rows["completions"][:]
     assert set(from_journal["prompt"]) == {""}
+
+
+@pytest.mark.parametrize("command", ["rows", "judge-steps"])
+def test_trees_are_not_overwritten_by_what_is_made_of_them(command, trees, capsys):
+    model = ["--model", "judge", "--base_url", "http://127.0.0.1:9/v1"] if command == "judge-steps" else []
+    assert main([command, "--trees", "trees", "--problems", str(trees), "--output", "trees", *model]) == 2
+    assert f"mm-prm {command}: output: trees is the input, too" in capsys.readouterr().err
+    assert validate_rows("tree", datasets.load_from_disk("trees")) == 3
 
 
 def test_trees_of_bad_problems_are_left_out_on_request(trees, capsys):
@@ -542,10 +569,14 @@ def test_training_names_bad_rows_and_says_that_it_sees_no_pictures(rows, tiny_vl
     [
         (["--model", "./gone"], "model: ./gone: there is no such folder"),
         (["--rows", "gone.parquet"], "gone.parquet: there is no such file or folder"),
-        (["--label_mode", "softt"], "label_mode: 'softt' is not one of 'soft', 'hard', 'smoothed'; did you mean 'soft'?"),
+        (
+            ["--label_mode", "softt"],
+            "label_mode: 'softt' is not one of 'soft', 'hard', 'smoothed'; did you mean 'soft'?",
+        ),
         (["--eval_strategy", "epoch"], "eval_strategy: epoch needs eval_rows"),
         (["--problems", "mini:test:1"], "3 problems of the rows are not in the problem table: 'q0', 'q1', 'q2'"),
         (["--max_length", "3"], "none of the "),
+        (["--model", "no-such-model"], "mm-prm train: no-such-model: "),
     ],
 )
 def test_training_that_cannot_begin(flags, message, rows, tiny_vlm_path, capsys):
@@ -571,6 +602,19 @@ def test_bad_candidates_are_named(pool, message, problems_file, capsys):
     args = ["--pools", "pools.json", "--problems", str(problems_file), "--output", "scored"]
     assert main(["score", *args]) == 2
     assert f"mm-prm score: pools.json: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "folder"])
+def test_numbers_as_ids_in_every_file(kind, problems_file):
+    problems = json.loads(problems_file.read_text())
+    write_problems(problems_file.parent, [{**problem, "id": number} for number, problem in enumerate(problems)])
+    pools = datasets.Dataset.from_list([{"problem_id": number, "candidates": [["A."]]} for number in range(3)])
+    name = "pools" if kind == "folder" else f"pools.{kind}"
+    save = {"jsonl": pools.to_json, "parquet": pools.to_parquet, "folder": pools.save_to_disk}[kind]
+    save(name)
+    rows = read_table(name)
+    assert [row["problem_id"] for row in rows] == load_problems(problems_file)[0]["id"][:] == ["0", "1", "2"]
+    assert [row["candidates"] for row in rows] == [[["A."]]] * 3
 
 
 # Best-of-N
@@ -628,6 +672,31 @@ def test_bad_pools_are_named(content, message, capsys):
     assert message in error
 
 
+@pytest.mark.parametrize("name", ["pools.json", "pools.jsonl"])
+def test_files_as_windows_writes_them(name):
+    lines = [json.dumps(row) for row in ANCESTOR_ROWS]
+    text = "\r\n".join(lines) + "\r\n" if name == "pools.jsonl" else "[" + ",\r\n".join(lines) + "]"
+    Path(name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert main(["best-of-n", "--pools", name, "--output_json", "b.json", "--num_resamples", "20"]) == 0
+    assert json.loads(Path("b.json").read_text())["num_problems"] == 2
+
+
+def test_json_lines_under_another_name(capsys):
+    Path("pools.json").write_text("\n".join(map(json.dumps, ANCESTOR_ROWS)))
+    assert main(["best-of-n", "--pools", "pools.json"]) == 2
+    assert (
+        "broken JSON, line 2, column 1: Extra data; JSON lines are read from .jsonl files" in capsys.readouterr().err
+    )
+
+
+def test_a_summary_that_cannot_be_written_is_named(capsys):
+    Path("pools.json").write_text(json.dumps(ANCESTOR_ROWS))
+    Path("results").mkdir()
+    assert main(["best-of-n", "--pools", "pools.json", "--output_json", "results", "--num_resamples", "20"]) == 2
+    assert "mm-prm best-of-n: output_json: " in (error := capsys.readouterr().err)
+    assert "'results'" in error
+
+
 def test_candidates_without_a_verdict_are_counted(capsys):
     Path("pools.json").write_text(json.dumps([{"correct": [True, None, None]}, {"correct": [False]}]))
     assert main(["best-of-n", "--pools", "pools.json", "--num_resamples", "20"]) == 0
@@ -649,7 +718,7 @@ with ProgressBar("count", 4) as bar:
 
 def test_a_bar_with_the_time_left_on_a_terminal():
     leader, follower = pty.openpty()
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TERM": "xterm", "COLUMNS": "120"}
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
     subprocess.run([sys.executable, "-c", PROGRESS], stderr=follower, env=environment, check=True)
     os.close(follower)
     shown = os.read(leader, 100_000).decode()

@@ -47,7 +47,7 @@ class Journal:
     """
 
     def __init__(self, path: str | os.PathLike[str], read_only: bool = False):
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self._lock: filelock.BaseFileLock | None = None
         if read_only:
             if not self.path.is_file():

@@ -21,14 +21,14 @@ def reading_input(name: str = "", value: str | None = None) -> Iterator[None]:
             What is read, put before messages that do not name it.
         value (`str`, *optional*):
             What it is set to, where that is a file or a model: named too if it cannot be had and the message does not say
-            which.
+            which. Errors of the file system say it themselves.
     """
     try:
         yield
     except (OSError, ValueError) as error:
         message = " ".join(str(error).split())
-        if value is not None and isinstance(error, OSError) and value not in message:
-            raise InputError(f"{name}: {value}: {message}") from error
+        if value is not None and isinstance(error, OSError) and error.filename is None and value not in message:
+            raise InputError(": ".join(part for part in (name, value, message) if part)) from error
         raise InputError(message if name in message.split(":")[0] else f"{name}: {message}") from error
 
 

@@ -95,8 +95,7 @@ def run(settings: AnnotateSettings, config: AnnotationConfig) -> int:
     from mm_prm.data import load_problems
 
     shard = _parse_shard(settings.shard)
-    output = check_output(_of_shard(settings.output, shard))
-    write_settings_beside(output, (settings, config))
+    output = check_output(_of_shard(settings.output, shard), settings.problems)
     logging.getLogger("mm_prm.data.mmk12").setLevel(logging.ERROR)  # what is left out is listed in the summary
     with reading_input(settings.problems):
         problems, bad_problems = load_problems(
@@ -135,6 +134,7 @@ def run(settings: AnnotateSettings, config: AnnotationConfig) -> int:
         with reading_input("judge"):
             return settings.open_judge()
 
+    write_settings_beside(output, (settings, config))  # not before the input is read: they are those of the output
     journal_path = settings.journal or f"{output}.journal.sqlite"
     last = Progress()
     summary = Summary()

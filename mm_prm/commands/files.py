@@ -20,15 +20,18 @@ SUFFIXES = (".parquet", ".jsonl")
 _ROWS_AT_ONCE = 64
 
 
-def check_output(path: str) -> Path:
+def check_output(path: str, *sources: str | None) -> Path:
     """
-    Refuse an output that could not be written, before the work and not after it.
+    Refuse an output that could not be written, or is what is read, before the work and not after it.
 
     Args:
         path (`str`):
             A new folder, or a `.parquet` or `.jsonl` file.
+        sources (`str`, *optional*):
+            The files and folders that are read.
     """
     output = Path(path).expanduser()
+    _refuse_what_is_read(output, sources)
     if output.suffix in SUFFIXES:
         if output.is_dir():
             raise InputError(f"output: {output} is a folder; give a file or another folder")
@@ -53,14 +56,20 @@ def check_lines_output(path: str, source: str) -> Path:
         source (`str`):
             The file that is read.
     """
-    output, read = Path(path).expanduser(), Path(source).expanduser()
+    output = Path(path).expanduser()
+    _refuse_what_is_read(output, [source])
     with reading_input("output"):
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.is_dir():
             raise ValueError(f"{output} is a folder; name a .jsonl file")
-        if output.exists() and read.exists() and output.samefile(read):
-            raise ValueError(f"{output} is the input, too; name another file")
     return output
+
+
+def _refuse_what_is_read(output: Path, sources: Iterable[str | None]) -> None:
+    for source in sources:
+        read = None if source is None else Path(source).expanduser()
+        if read is not None and output.exists() and read.exists() and output.samefile(read):
+            raise InputError(f"output: {output} is the input, too; name another file or folder")
 
 
 def write_settings_beside(output: Path, settings: Any) -> None:
@@ -73,8 +82,9 @@ def write_json(path: str | None, content: Mapping[str, Any]) -> None:
     """Write what a command prints as JSON, where `--output_json` asks for it."""
     if path is not None:
         file = Path(path).expanduser()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with reading_input("output_json"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_rows(
@@ -138,13 +148,29 @@ def read_table(path: str, key: str = "") -> datasets.Dataset | list[dict[str, An
     """
     Read rows of any kind, unchecked: a folder written by `Dataset.save_to_disk`, or a parquet, JSON lines or JSON file.
 
+    A `problem_id` that is a number becomes text, as the ids of problems do.
+
     Args:
         path (`str`):
             The file or folder.
         key (`str`, *optional*, defaults to `""`):
             Key under which a JSON file may hold the list of rows beside other things.
     """
-    source = Path(path).expanduser()
+    rows = _read_table(Path(path).expanduser(), key)
+    if isinstance(rows, list):
+        return [_with_text_id(row) for row in rows]
+    if "problem_id" in rows.column_names and pa.types.is_integer(rows.data.schema.field("problem_id").type):
+        return rows.cast_column("problem_id", datasets.Value("string"))
+    return rows
+
+
+def _with_text_id(row: Any) -> Any:
+    if isinstance(row, dict) and type(row.get("problem_id")) is int:
+        return {**row, "problem_id": str(row["problem_id"])}
+    return row
+
+
+def _read_table(source: Path, key: str) -> datasets.Dataset | list[Any]:
     with reading_input(str(source)):
         if source.is_dir():
             dataset = datasets.load_from_disk(str(source))
@@ -160,12 +186,12 @@ def read_table(path: str, key: str = "") -> datasets.Dataset | list[dict[str, An
                 raise InputError(f"{source}: broken parquet file: {error}") from error
             return datasets.Dataset(table)
         if source.suffix == ".jsonl":
-            with source.open(encoding="utf-8") as lines:
+            with source.open(encoding="utf-8-sig") as lines:
                 return [
                     _parse(line, f"{source}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
                 ]
         if source.suffix == ".json":
-            rows = _parse(source.read_text(encoding="utf-8"), str(source))
+            rows = _parse(source.read_text(encoding="utf-8-sig"), str(source))
             if isinstance(rows, dict) and key in rows:
                 rows = rows[key]
             if not isinstance(rows, list):
@@ -178,7 +204,10 @@ def _parse(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{place}: broken JSON, line {error.lineno}, column {error.colno}: {error.msg}") from error
+        advice = "; JSON lines are read from .jsonl files" if error.msg == "Extra data" else ""
+        raise InputError(
+            f"{place}: broken JSON, line {error.lineno}, column {error.colno}: {error.msg}{advice}"
+        ) from error
 
 
 def read_trees(path: str) -> Iterable[Mapping[str, Any]]:
@@ -199,7 +228,7 @@ def _journal_trees(path: str) -> Iterator[Mapping[str, Any]]:
 
     settings: dict[str, str] = {}
     try:
-        with Journal(Path(path).expanduser(), read_only=True) as journal:
+        with Journal(path, read_only=True) as journal:
             for tree in journal:
                 if tree["problem_id"] in settings:
                     raise InputError(

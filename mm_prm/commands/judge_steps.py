@@ -85,7 +85,7 @@ def run(settings: JudgeStepsSettings) -> int:
     from mm_prm.data import load_problems
     from mm_prm.judges.steps import StepJudge
 
-    output = check_output(settings.output)
+    output = check_output(settings.output, settings.trees, settings.problems)
     if not settings.base_url:
         raise InputError("base_url: name the server that serves the model, for example http://127.0.0.1:8000/v1")
     with reading_input(settings.problems):

@@ -54,7 +54,7 @@ def run(settings: RowsSettings, config: RowConfig) -> int:
     from mm_prm.data import load_problems, trees_to_rows
     from mm_prm.data.features import validate_row
 
-    output = check_output(settings.output)
+    output = check_output(settings.output, settings.trees, settings.problems)
     problems = None
     bad_ids: set[str] = set()
     if settings.problems is not None:

@@ -72,7 +72,7 @@ def run(settings: ScoreSettings) -> int:
     from mm_prm.commands.files import check_output, read_table, write_json, write_rows, write_settings_beside
     from mm_prm.data import load_problems
 
-    output = check_output(settings.output)
+    output = check_output(settings.output, settings.problems)  # pools may be scored in place
     rows = read_table(settings.pools)
     with reading_input(settings.problems):
         problems, bad_problems = load_problems(

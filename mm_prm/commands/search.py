@@ -104,7 +104,7 @@ def run(settings: SearchSettings) -> int:
     from mm_prm.inference import build_pools
     from mm_prm.judges.rules import RulesJudge
 
-    output = check_output(settings.output)
+    output = check_output(settings.output, settings.problems)
     with reading_input("search"):
         config = settings.config()
     with reading_input(settings.problems):

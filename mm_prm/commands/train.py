@@ -108,7 +108,7 @@ def run(settings: TrainSettings, config: "PRMConfig", adapter: AdapterSettings) 
         raise InputError(f"eval_strategy: {IntervalStrategy(config.eval_strategy).value} needs eval_rows")
     with reading_input("model"):
         model = model_path(settings.model)
-    with reading_input():  # of rows as of models: the message says which
+    with reading_input("", settings.model):  # of rows as of models: the message says which
         trainer = PRMTrainer(model, config, train_dataset=rows, eval_dataset=eval_rows, peft_config=peft_config)
     return train_and_save(trainer, (settings, config, adapter), settings.output_json)
 

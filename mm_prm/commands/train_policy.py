@@ -84,7 +84,7 @@ def run(settings: TrainPolicySettings, config: "PolicyConfig", adapter: AdapterS
         raise InputError(f"eval_strategy: {IntervalStrategy(config.eval_strategy).value} needs eval_solutions")
     with reading_input("model"):
         model = model_path(settings.model)
-    with reading_input():  # of rows as of models: the message says which
+    with reading_input("", settings.model):  # of rows as of models: the message says which
         trainer = PolicyTrainer(
             model, config, train_dataset=rows, eval_dataset=eval_rows, peft_config=open_adapter(adapter)
         )
