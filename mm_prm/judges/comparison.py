@@ -32,6 +32,12 @@ _FUNCTIONS = {
     "min", "mod", "and",
 }  # fmt: skip
 _WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
+_SHORT_WORD = re.compile(r"(?<![\\a-zA-Z])(?:is|it|of|we|if)(?![a-zA-Z])", re.IGNORECASE)
+# "The area is 5 cm": no number stands before the one that is stated.
+_STATEMENT = re.compile(r"([^\d=]*)(?:\b(?:is|are|equals|has|have)\b|[=≈])\s*([^=]+)", re.IGNORECASE)
+_NEGATION = re.compile(r"\b(?:not|no|never|cannot|neither|nor|unless|if|except)\b|n't\b", re.IGNORECASE)
+# "(x, y) = (3, 4)" for "(3, 4)"; "(y, x) = (4, 3)" says another order.
+_COORDINATES = re.compile(r"\A[\s$]*(\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])+\s*\)|[A-Z])\s*=\s*(?=\()")
 _REFUSAL = re.compile(
     r"\b(?:no answer|none of|none\Z|not among|no (?:correct|valid) |cannot be determined|there is an error|(?:is|are) incorrect|"
     r"do(?:es)? not match|not enough information)",
@@ -56,9 +62,15 @@ _PLUS_MINUS = re.compile(r"(?:±|\\pm(?![a-zA-Z]))\s*(.+)", re.DOTALL)
 _CLOSE_UNIT = re.compile(r"(?<=[\d)}])[mgshlL]\Z")
 _VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]")
 _CHAIN = re.compile(r"\s*([<>])\s*")
-_ONLY = re.compile(r"\A\s*(?:only|just|exactly)\s+(?=\S)", re.IGNORECASE)
+_QUALIFIER = re.compile(
+    r"\A\s*(?:(?:the|only|just|exactly|approximately|about|roughly)\s+|(?:≈|\\approx(?![a-zA-Z]))\s*)(?=\S)",
+    re.IGNORECASE,
+)
 _CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?:\s*([ap])\.?m)?", re.IGNORECASE)
 _INDEXED_NUMBER = re.compile(r"\d\s*_")
+# A number may stand in an answer in words as "\\frac{1}{2} of them" or "two red ones".
+_FRACTION_SIGN = re.compile(r"\\frac|/|\bhalf\b", re.IGNORECASE)
+_NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(NUMBER_WORDS)})\b", re.IGNORECASE)
 _OUT_OF = re.compile(r"\d\s+out\s+of\s+(?:the\s+)?\d")
 _ASSIGNED = re.compile(r"\s*([a-zA-Z](?:_\{?\w\}?)?)\s*=")
 _FUNCTION_OF = re.compile(r"\A\s*([a-zA-Z])\s*\(\s*[a-zA-Z]\s*\)\s*=")
@@ -71,6 +83,8 @@ _ALTERNATIVES = re.compile(r"\s*,?\s+or\s+|\s*,\s*or\s+")
 _LATEX = (
     (re.compile(r"(?<![\\a-zA-Z])(sin|cos|tan|cot|sec|csc|log|ln|exp)(?![a-zA-Z])"), r"\\\1 "),
     (re.compile(r"(?<![\\a-zA-Z])sqrt\s*(\d+)"), r"\\sqrt{\1}"),
+    (re.compile(r"(?<![\\a-zA-Z])C\s*_\s*\{?(\d+)\}?\s*\^\s*\{?(\d+)\}?"), r"\\binom{\1}{\2}"),
+    (re.compile(r"(?<![\\a-zA-Z])C\s*\^\s*\{?(\d+)\}?\s*_\s*\{?(\d+)\}?"), r"\\binom{\2}{\1}"),
     (re.compile(r"√\s*\{"), r"\\sqrt{"),
     (re.compile(r"√\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
     (re.compile(r"√\s*(\d+|[a-zA-Z])"), r"\\sqrt{\1}"),
@@ -108,9 +122,11 @@ def equal_answers(gold: str, answer: str, compare_formulas: CompareFormulas) -> 
     """
     if not compact(gold) or not compact(answer):
         return None, "nothing to compare"
-    if compact(gold) == compact(answer):
+    bare_gold, bare = _QUALIFIER.sub("", gold), _QUALIFIER.sub("", answer)
+    if compact(gold) == compact(answer) or compact(bare_gold) == compact(bare):
         return True, "same text"
-    gold, answer = _ONLY.sub("", gold), _ONLY.sub("", answer)
+    gold, answer = bare_gold, bare
+    gold, answer = _without_coordinates(gold, answer)
     gold_text, answer_text = normalize(gold), normalize(answer)
     gold_quantity, quantity = parse_quantity(gold), parse_quantity(answer)
     if gold_quantity is not None and quantity is not None:
@@ -135,7 +151,24 @@ def equal_answers(gold: str, answer: str, compare_formulas: CompareFormulas) -> 
 
 def is_prose(text: str) -> bool:
     """Whether a text has words in it that no formula has."""
+    if _SHORT_WORD.search(text):
+        return True
     return any(word.casefold() not in _FUNCTIONS and not word.isupper() for word in _WORD.findall(text))
+
+
+def _without_coordinates(gold: str, answer: str) -> tuple[str, str]:
+    """Without the names of the coordinates where only one of the two has them, in the order of the alphabet."""
+    texts = (gold, answer)
+    names = [_COORDINATES.match(normalize(text)) for text in texts]
+    if (names[0] is None) == (names[1] is None):
+        return gold, answer
+    gold, answer = (
+        normalize(text)[match.end() :]
+        if match and (letters := re.findall("[a-zA-Z]", match[1])) == sorted(letters)
+        else text
+        for text, match in zip(texts, names, strict=True)
+    )
+    return gold, answer
 
 
 def _compare_prose(gold: str, answer: str, gold_quantity: Quantity | None) -> tuple[bool | None, str] | None:
@@ -150,9 +183,18 @@ def _compare_prose(gold: str, answer: str, gold_quantity: Quantity | None) -> tu
             return False, "no answer is given"
         if _OUT_OF.search(answer):
             return None, "so many out of so many"
+        statement = _STATEMENT.fullmatch(answer)
+        stated = parse_quantity(statement[2]) if statement and not _NEGATION.search(statement[1]) else None
+        if gold_quantity is not None and stated is not None:
+            equal = equal_quantities(gold_quantity, stated)
+            return equal, "different units" if equal is None else "compared with the number that is stated"
         numbers = re.findall(r"\d+(?:\.\d+)?", answer)
         if not numbers and re.search(r"\d", gold):
             return None, "text where a number is wanted"
+        if gold_quantity is not None and (
+            _NUMBER_WORD if gold_quantity.value.denominator == 1 else _FRACTION_SIGN
+        ).search(answer):
+            return None, "text that rules cannot compare"
         if gold_quantity is not None and not any(parse_quantity(number) == gold_quantity for number in numbers):
             plain = abs(gold_quantity.value)
             if all((read := parse_quantity(number)) is None or read.value != plain for number in numbers):

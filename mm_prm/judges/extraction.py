@@ -14,6 +14,7 @@ _MARKER = re.compile(
     r"|\b(?:final|correct)?\s*\**answer\**\s*[:：]"
     r"|\b(?:answer|(?:correct|right) (?:option|choice))\s+(?:is|would be|should be|must be)\b\s*[:：]?"
     r"|\b(?:therefore|thus|hence|so),?\s+fill\s+in\b\s*[:：]?"
+    r"|故选\s*[:：]?"
     r"|答案\s*(?:[是为選选]\s*[:：]?|[:：])",
     re.IGNORECASE,
 )
@@ -22,7 +23,7 @@ _HALF_WIDTH = {0xFF01 + offset: 0x21 + offset for offset in range(94)}
 # An announcement without content ("the answer is as follows:") is none.
 _SENTENCE_END = re.compile(r"(?<!\bapprox)(?<!\bca)[.。!?;](?=\s|\**\Z|\Z)")
 _LEAD = re.compile(
-    r"^(?:[\s:*_]|\b(?:therefore|thus|so|hence|approximately|about|option|choice|simply|equal to|given by)\b[\s,:]*)+",
+    r"^(?:[\s:*_#]|\b(?:it is|therefore|thus|so|hence|approximately|about|option|choice|simply|equal to|given by)\b[\s,:]*)+",
     re.IGNORECASE,
 )
 # Several lines are one answer of several parts unless there are words in them. Names of LaTeX commands are no words.

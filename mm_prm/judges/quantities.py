@@ -48,6 +48,10 @@ _REPLACEMENTS = (
     (re.compile(r"。"), "."),
     (re.compile(r"[‘’′]"), "'"),
 )
+# "2**3" is no bold.
+_BOLD = re.compile(r"(?<![\w)])\*\*(?=\S)(.+?)(?<=\S)\*\*(?!\w)|(?<=\w)\*\*(?=[:.,)]|\Z)")
+_QUOTED = re.compile(r"([`\"'“])([^`\"'“”]+)[`\"'”]")
+_CURRENCY_BEFORE = re.compile(r"\A([-+]?)\s*([€£¥])\s*(?=\d)(.+)")
 _BRITISH = re.compile(r"(col|neighb|fav)our")
 _THOUSANDS = re.compile(r"(?<![\d.,(\[])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 
@@ -128,7 +132,7 @@ _SCIENTIFIC = re.compile(
 )
 _PLAIN = re.compile(rf"{_SIGN}{_DECIMAL}")
 _UNIT = re.compile(
-    r"%|°(?:\s*(?:C(?:elsius)?|F(?:ahrenheit)?))?|(?:square|cubic|sq\.?|cu\.?)?\s*[a-zA-Z\u4e00-\u9fff]+(?:\s*/\s*[a-zA-Z]+)?\s*(?:\^\s*\{?\s*[23]\s*\}?)?(?:\s+[a-zA-Z]+){0,2}"
+    r"[%€£¥]|°(?:\s*(?:C(?:elsius)?|F(?:ahrenheit)?))?|(?:square|cubic|sq\.?|cu\.?)?\s*[a-zA-Z\u4e00-\u9fff]+(?:\s*/\s*[a-zA-Z]+)?\s*(?:\^\s*\{?\s*[23]\s*\}?)?(?:\s+[a-zA-Z]+){0,2}"
 )
 
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -182,16 +186,22 @@ def normalize(text: str) -> str:
         text, count = _WRAPPER.subn(r" \1 ", text)
         if not count:
             break
+    text = _BOLD.sub(lambda match: match[1] or "", text)
     for pattern, replacement in _REPLACEMENTS:
         text = pattern.sub(replacement, text)
     text = _close_braces(text)
     text = " ".join(text.split())
     text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
-    text = re.sub(r"(?<=.)[\s.;,]+\Z", "", text)
-    # A pair of braces around everything is typesetting too.
-    while text.startswith("{") and text.endswith("}") and _closes_at(text) == len(text) - 1:
-        text = text[1:-1].strip()
-    return text
+    text = _CURRENCY_BEFORE.sub(r"\1\3 \2", text)
+    while True:
+        text = re.sub(r"(?<=.)[\s.;,]+\Z", "", text)
+        # A pair of braces or quotation marks around everything is typesetting too.
+        if text.startswith("{") and text.endswith("}") and _closes_at(text) == len(text) - 1:
+            text = text[1:-1].strip()
+        elif (quoted := _QUOTED.fullmatch(text)) is not None:
+            text = quoted[2].strip()
+        else:
+            return text
 
 
 def _vulgar_fraction(match: re.Match[str]) -> str:
@@ -353,7 +363,7 @@ def equal_quantities(gold: Quantity, answer: Quantity) -> bool | None:
         return _close(gold.value, answer.value, gold, answer)
     if _close(gold.value, answer.value, gold, answer):
         # The same number with another unit: wrong where both units are known, else perhaps two names of one unit.
-        return False if gold_size and size and gold_kind != gold.unit and kind != answer.unit else None
+        return False if gold_kind != gold.unit.casefold() and kind != answer.unit.casefold() else None
     return False
 
 
@@ -381,7 +391,7 @@ def _kind(unit: str) -> tuple[str, Fraction]:
     """Kind and size of a unit: `cm^2` is ("length^2", 1/10000); a unit that is not known is a kind of its own."""
     name, _, power = unit.partition("^")
     known = _UNITS.get(name if name in _UNITS else name.casefold())
-    if known is None:
+    if known is None or power not in ("", "2", "3"):
         return unit.casefold(), Fraction(1)
     kind, size = known
     return (f"{kind}^{power}", size ** int(power)) if power else (kind, size)

@@ -11,7 +11,7 @@ from mm_prm.annotation.protocols import Problem, Verdict
 from .comparison import CompareFormulas, equal_answers, is_prose
 from .extraction import announces_answer, extract_answer, final_step, gold_answer
 from .math_process import MathOutcome, MathProcess
-from .quantities import compact, is_cut_off, normalize
+from .quantities import compact, is_cut_off, normalize, parse_quantity
 
 _CACHED_ANSWERS = 2**17
 # A comparison that took too long is tried again when the answer comes again, but a bomb must not hold up a whole run.
@@ -19,13 +19,28 @@ _MOST_TIME_OUTS = 1
 # An answer of more characters is a solution, or an attack on the rules.
 _MOST_CHARACTERS = 2000
 
-_LETTER = re.compile(r"(?:the\s+)?(?:option|choice)?\s*[(\[]?([A-Za-z])[)\]]?\s*[.:)]?", re.IGNORECASE)
+_LETTER = re.compile(
+    r"(?:the\s+)?(?:option|choice|choose|figure|选项|选择|选)?\s*[(\[]?([A-Za-z])[)\]]?\s*[.:)]?", re.IGNORECASE
+)
 _LETTERS = re.compile(r"(?:[(\[]?[A-Z][)\]]?(?:\s*[,;&/]\s*(?:and|or)?\s*|\s+(?:and|or)\s+|\Z))+")
 _LETTER_AND_TEXT = re.compile(
     r"(?:(?:option|choice)\s+)?(?:[(\[]([A-Z])[)\]][.:]?|([A-Z])\s*[.:)])\s*(\S.*)", re.DOTALL
 )
 # What is a letter and its text only if the text says so, too: "B, 20 m", "B - 20 m", "B 20 m".
-_LETTER_BESIDE_TEXT = re.compile(r"(?:(?:option|choice)\s+)?([A-Z])(?:\s*,\s*|\s+-\s+|\s+)(\S.*)", re.DOTALL)
+_LETTER_BESIDE_TEXT = re.compile(
+    r"(?:(?:option|choice)\s+)?([A-Z])(?:,?\s+which is\s+|\s*[,=]\s*|\s+-\s+|\s+)(\S.*)", re.DOTALL
+)
+# A letter that stands after its text: "20 m (B)", "20 m, which is option B".
+_LETTER_AFTER_TEXT = re.compile(
+    r"(.*?),?\s*(?:which (?:is|corresponds to|matches)\s+)?"
+    r"(?:[(\[](?:(?:option|choice)\s+)?([A-Z])[)\]]|(?:the\s+)?\b(?:option|choice)\s+[(\[]?([A-Z])[)\]]?)",
+    re.DOTALL | re.IGNORECASE,
+)
+# What may follow an answer and says nothing about it that could be compared.
+_COMMENT = re.compile(
+    r"(?:,?\s+(?:because|since|as (?:shown|it|the))\b|\s+is\s+(?:the\s+)?(?:correct|right|answer)\b).*",
+    re.DOTALL | re.IGNORECASE,
+)
 
 
 class _Interrupted(Exception):
@@ -164,6 +179,9 @@ class RulesJudge:
             equal, reason = self._equal_choices(gold, answer, choices, compare_formulas)
         else:
             equal, reason = self._equal(gold, answer, compare_formulas)
+        stated = _COMMENT.sub("", answer)
+        if equal is None and stated != answer and stated.strip():
+            return self._compare_uncached(gold, stated, choices)
         verdict = Verdict("unknown" if equal is None else "right" if equal else "wrong", answer, reason)
         if equal is None and interrupted and self._time_outs[gold, answer] < _MOST_TIME_OUTS:
             self._time_outs[gold, answer] += 1
@@ -175,6 +193,8 @@ class RulesJudge:
             letter = _letter(answer)
             if letter is not None:
                 return letter == normalize(gold), "compared as letters"
+            if parse_quantity(answer) is not None:
+                return None, "perhaps the text of a choice that is not given"
         return equal_answers(gold, answer, compare_formulas)
 
     def _equal_choices(
@@ -221,9 +241,15 @@ class RulesJudge:
         beside = _LETTER_BESIDE_TEXT.fullmatch(normalize(text))
         index = ord(beside[1]) - ord("A") if beside is not None else len(choices)
         if beside is not None and index < len(choices):
-            named, _ = equal_answers(choices[index], beside[2], compare_formulas)
-            if named:
+            texts = (beside[2], re.sub(r"\A\((.+)\)\Z", r"\1", beside[2]))  # "B (20 m)"
+            if any(equal_answers(choices[index], part, compare_formulas)[0] for part in texts):
                 return index, ""
+        after = _LETTER_AFTER_TEXT.fullmatch(normalize(text))
+        index = ord((after[2] or after[3]).upper()) - ord("A") if after is not None else len(choices)
+        if after is not None and index < len(choices):
+            verdicts = [equal_answers(choice, after[1], compare_formulas)[0] for choice in choices]
+            if True in verdicts:
+                return (index, "") if verdicts[index] else (None, "letter and text name two choices")
         by_number = _named_by_number(text, choices)
         if by_number is not None:
             return by_number, ""
