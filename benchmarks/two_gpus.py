@@ -4,7 +4,8 @@
 Step labels a second of `PRMTrainer` with tree packing on one GPU and on two: each with the whole model (DDP), FSDP2 and
 DeepSpeed's ZeRO-1 (left out where DeepSpeed is not installed), with the recipes of accelerate, one launch after the other.
 Model and trees are those of `benchmarks/training.py`, as pictures and text that the data loader processes; an optimizer
-step sees `--num_trees` trees on each GPU. The first steps, in which kernels are compiled, are left out.
+step sees `--num_trees` trees on each GPU. The first steps, in which kernels are compiled, are left out. The table is
+written after each launch, and a launch that fails does not keep the others from being measured.
 
 A single launch, which the above makes four of:
 
@@ -51,9 +52,12 @@ def main() -> None:
     args = parser.parse_args()
     # As `accelerate launch` starts it
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        result = train(args)
+        write(args, train(args))
     else:
-        result = launch_all(args)
+        launch_all(args)
+
+
+def write(args: argparse.Namespace, result: dict[str, Any] | None) -> None:
     if args.output_json is not None and result is not None:
         args.output_json.write_text(json.dumps(result, indent=2) + "\n")
 
@@ -138,9 +142,12 @@ def tree_rows(number: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def launch_all(args: argparse.Namespace) -> dict[str, Any]:
-    """Launches this file with each recipe, prints the table and returns it."""
+def launch_all(args: argparse.Namespace) -> None:
+    """Launches this file with each recipe, prints the table and writes it."""
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     results: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
+    table = {"settings": settings, "torch": torch.__version__, "launches": results, "failed": failed}
     with tempfile.TemporaryDirectory() as folder:
         for recipe in args.recipes:
             if recipe.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
@@ -151,11 +158,15 @@ def launch_all(args: argparse.Namespace) -> dict[str, Any]:
             launch += ["--num_processes", str(LAUNCHES[recipe]), "--main_process_port", "0"]
             launch += ["--mixed_precision", "bf16" if args.dtype == "bfloat16" else "no", __file__]
             visible = {"CUDA_VISIBLE_DEVICES": "0"} if LAUNCHES[recipe] == 1 else {}
-            subprocess.run(
+            launched = subprocess.run(
                 [sys.executable, *launch, *sys.argv[1:], "--output_json", str(output)],
-                check=True,
                 env={**os.environ, **visible},
             )
+            if launched.returncode:
+                failed[recipe] = f"exit status {launched.returncode}"
+                print(f"{recipe}: failed, {failed[recipe]}", flush=True)
+                write(args, table)
+                continue
             results[recipe] = json.loads(output.read_text())
             rate = results[recipe]["step_labels_per_second"]
             results[recipe]["times_first"] = rate / next(iter(results.values()))["step_labels_per_second"]
@@ -165,8 +176,9 @@ def launch_all(args: argparse.Namespace) -> dict[str, Any]:
                 f"({seconds['low']:.3f}–{seconds['high']:.3f}), {results[recipe]['times_first']:.2f} times the first",
                 flush=True,
             )
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    return {"settings": settings, "torch": torch.__version__, "launches": results}
+            write(args, table)
+    if failed:
+        raise SystemExit(f"failed: {failed}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -97,3 +98,33 @@ def test_benchmark_of_two_gpus_trains_as_one_of_its_launches(tmp_path, monkeypat
     assert rates["num_processes"] == 1
     # 4 rows of 4 steps each
     assert rates["step_labels_per_second"] == pytest.approx(16 / rates["seconds_a_step"]["median"])
+
+
+def test_benchmark_of_two_gpus_measures_the_others_if_a_launch_fails(tmp_path, monkeypatch, capsys):
+    script, output = BENCHMARKS / "two_gpus.py", tmp_path / "rates.json"
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    written = []
+
+    def launch(command, env):
+        if output.exists():
+            written.append(json.loads(output.read_text()))
+        recipe = Path(command[command.index("--config_file") + 1]).stem
+        if recipe == "fsdp2":
+            return subprocess.CompletedProcess(command, 1)
+        rates = {"step_labels_per_second": 10.0 if recipe == "one_gpu" else 19.0}
+        rates["seconds_a_step"] = {"median": 1.0, "low": 0.9, "high": 1.1}
+        Path(command[-1]).write_text(json.dumps(rates))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", launch)
+    command = f"{script} --recipes one_gpu fsdp2 gpus --output_json {output}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(SystemExit, match=r"failed: \{'fsdp2': 'exit status 1'\}"):
+        runpy.run_path(str(script), run_name="__main__")
+    table = json.loads(output.read_text())
+    assert list(table["launches"]) == ["one_gpu", "gpus"] and list(table["failed"]) == ["fsdp2"]
+    assert table["launches"]["gpus"]["times_first"] == 1.9
+    # What is finished is written before the next launch
+    assert [list(earlier["launches"]) for earlier in written] == [["one_gpu"], ["one_gpu"]]
+    assert "fsdp2: failed, exit status 1" in capsys.readouterr().out
