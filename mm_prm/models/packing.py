@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
+from .modeling import _BLOCK_SIZE
 from .packable import packing_obstacle
 from .positions import PositionPrecomputer
 from .prefix_trees import PackedRows, fill, pack_rows
@@ -121,7 +122,7 @@ class TreePacker:
         if layout is None:
             layout = [[number] for number in range(len(packed))]
         # FlexAttention takes whole blocks; rows of a dense mask that are multiples of 8 long may go to fast kernels
-        multiple = 128 if self.by_blocks else 8
+        multiple = _BLOCK_SIZE if self.by_blocks else 8
         length = -(-max(sum(len(packed[number]) for number in numbers) for numbers in layout) // multiple) * multiple
         shape = (len(layout), length)
         input_ids = np.full(shape, self.processor.padding_id, dtype=np.int64)
