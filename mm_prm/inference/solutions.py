@@ -23,6 +23,12 @@ def distinct_solutions(
     """
     if len(problems) != len(candidates):
         raise ValueError(f"{len(problems)} problems and {len(candidates)} lists of candidates; give one list each")
+    for problem, solutions in zip(problems, candidates, strict=True):
+        for number, steps in enumerate(solutions):
+            if isinstance(steps, str):  # its letters would be taken for steps
+                raise ValueError(
+                    f"problem {problem.get('id')!r}: candidates[{number}] = {steps!r:.80}: must be the list of its steps"
+                )
     return [list(dict.fromkeys(tuple(steps) for steps in solutions if steps)) for solutions in candidates]
 
 

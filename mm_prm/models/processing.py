@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import AddedToken, AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import cached_file
 
@@ -396,6 +397,18 @@ def _check_rows(
         counts = f"{len(problems)} problems, {len(completions)} completions"
         counts += "" if labels is None else f", {len(labels)} lists of labels"
         raise ValueError(f"{counts}: each row needs one of each")
+    for index, problem in enumerate(problems):
+        images = problem.get("images")
+        if not isinstance(images, Sequence) or isinstance(images, str):
+            raise ValueError(
+                f"{_row_name(index, problems)}: images = {images!r:.80}: must be a list, [] without images"
+            )
+        for number, image in enumerate(images):
+            if not isinstance(image, Image.Image | Mapping):
+                raise ValueError(
+                    f"{_row_name(index, problems)}: images[{number}] = {image!r:.80}: give a PIL image, or a mapping of "
+                    "`bytes` and `path` as `datasets` stores it"
+                )
     for index, steps in enumerate(completions):
         if isinstance(steps, str) or not steps:
             raise ValueError(

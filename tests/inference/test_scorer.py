@@ -177,6 +177,9 @@ def test_the_prefix_is_checked_with_images_too(scorer, problems, monkeypatch):
 def test_bad_input_is_named(scorer, problems):
     with pytest.raises(ValueError, match="2 problems and 1 lists of candidates"):
         scorer.score(problems[:2], [CANDIDATES])
+    for solution in ("2 + 3 = 5\n\nThe answer is 5.", "7"):
+        with pytest.raises(ValueError, match=r"candidates\[1\] = '.*': must be the list of its steps"):
+            scorer.score(problems[:1], [[CANDIDATES[0], solution]])
     with pytest.raises(ValueError, match="max_tokens = 0"):
         Scorer(scorer.model, scorer.processor, max_tokens=0)
 

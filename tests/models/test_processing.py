@@ -155,6 +155,21 @@ def test_bad_rows_are_named(processor, completions, labels, message):
         processor([tiny_problem(1), tiny_problem(2)], completions, labels)
 
 
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (["bars.png"], r"row 0 \(problem 'q'\): images\[0\] = 'bars.png': give a PIL image, or a mapping"),
+        ("bars.png", "images = 'bars.png': must be a list"),
+        (None, r"images = None: must be a list, \[\] without images"),
+    ],
+)
+def test_bad_images_are_named(processor, images, message):
+    with pytest.raises(ValueError, match=message):
+        processor([{"id": "q", "question": "How much?", "images": images}], [STEPS])
+    with pytest.raises(ValueError, match="images = None"):
+        processor([{"id": "q", "question": "How much?"}], [STEPS])
+
+
 def test_saved_and_loaded_with_the_model(processor, tiny_prm_path, tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = ProcessRewardProcessor.from_pretrained(tmp_path)
