@@ -200,7 +200,9 @@ def test_steps_of_processbench(capsys):
     assert set(metrics["thresholds"]["0.5"]["subsets"]) == {"math", "olympiadbench", "omnimath"}
     assert metrics["num_solutions"] == 6 and metrics["num_unscored"] == 0
     assert main([*args, "--calibrate_on", "gsm8"]) == 2
-    assert "there are gsm8k, math, olympiadbench, omnimath" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "there are gsm8k, math, olympiadbench, omnimath" in error
+    assert "score:" not in error  # told before anything is scored
     assert main([*args, "--candidates", "x.jsonl"]) == 2
     assert "processbench has its own solutions" in capsys.readouterr().err
 

@@ -194,6 +194,12 @@ def _measure_steps(
 
     from mm_prm.metrics.step_errors.step_errors import StepErrors
 
+    subsets = sorted({solution["subset"] for solution in loaded.solutions})
+    if settings.calibrate_on is not None and not (settings.calibrate_on in subsets and len(subsets) > 1):
+        there_are = ", ".join(subsets)
+        raise InputError(
+            f"calibrate_on = {settings.calibrate_on!r}: give one of several subsets; there are {there_are}"
+        )
     by_problem: dict[str, list[dict[str, Any]]] = {problem_id: [] for problem_id in loaded.problems["id"]}
     for solution in loaded.solutions:
         by_problem[solution["problem_id"]].append(solution)
@@ -206,9 +212,6 @@ def _measure_steps(
     ]
     validation = [row for row in rows if row["subset"] == settings.calibrate_on]
     measured = [row for row in rows if row["subset"] != settings.calibrate_on]
-    if settings.calibrate_on is not None and not (validation and measured):
-        subsets = ", ".join(sorted({row["subset"] for row in rows}))
-        raise InputError(f"calibrate_on = {settings.calibrate_on!r}: give one of several subsets; there are {subsets}")
     datasets.Dataset.from_list(measured).to_parquet(str(output / "solutions.parquet"))
     kind = "first_error" if "first_error" in rows[0] else "step_labels"
 
