@@ -53,6 +53,16 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
+def interrupt(run):
+    """Sends Ctrl-C; five seconds later all has ended, on a machine that others keep busy as many times later."""
+    began = time.monotonic()
+    run.send_signal(signal.SIGINT)
+    messages = run.communicate(timeout=100)[1]
+    assert time.monotonic() - began < 5 * max(1, os.getloadavg()[0] / os.cpu_count())
+    assert run.returncode == 130 and "Traceback" not in messages
+    assert "interrupted; 0 trees are in trees.journal.sqlite" in messages
+
+
 def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(capsys):
     def limit():  # what writes beyond it gets an error, as on a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -132,7 +142,7 @@ def test_an_image_that_vanishes_fails_its_problem_only():
 
 
 def test_ctrl_c_stops_within_five_seconds():
-    with ChatServer(solve, seconds=60.0) as server:
+    with ChatServer(solve, seconds=120.0) as server:
         run = subprocess.Popen(
             [sys.executable, "-m", "mm_prm.cli", *command(server)],
             env=environment(),
@@ -143,12 +153,7 @@ def test_ctrl_c_stops_within_five_seconds():
         while len(server.payloads) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert len(server.payloads) >= 2
-        began = time.monotonic()
-        run.send_signal(signal.SIGINT)
-        _, messages = run.communicate(timeout=30)
-        assert time.monotonic() - began < 5
-        assert run.returncode == 130
-        assert "interrupted; 0 trees are in trees.journal.sqlite" in messages and "Traceback" not in messages
+        interrupt(run)
         server.closing.set()
 
 
@@ -160,7 +165,7 @@ from mm_prm.commands.policy_settings import PolicySettings
 class Slow:
     def generate(self, requests):
         print("computing", flush=True)
-        time.sleep(60)
+        time.sleep(120)
 PolicySettings.open_policy = lambda settings: Slow()
 from mm_prm.cli import main
 sys.exit(main(["annotate", "--problems", "problems.json", "--output", "trees"]))
@@ -168,8 +173,4 @@ sys.exit(main(["annotate", "--problems", "problems.json", "--output", "trees"]))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     run = subprocess.Popen([sys.executable, "-c", program], env=environment(), text=True, **pipes)
     assert run.stdout.readline() == "computing\n"
-    began = time.monotonic()
-    run.send_signal(signal.SIGINT)
-    _, messages = run.communicate(timeout=30)
-    assert time.monotonic() - began < 5
-    assert run.returncode == 130 and "interrupted; 0 trees are in" in messages and "Traceback" not in messages
+    interrupt(run)
