@@ -22,15 +22,17 @@ def use_flex_attention(model: PreTrainedModel) -> PreTrainedModel:
     """
     Lets the language model of a model compute packed sequences with FlexAttention, in place.
 
-    Only models that use `sdpa` and have no dropout of attention, which FlexAttention lacks, are changed. Vision towers keep
-    their attention.
+    Only models that use `sdpa` and have no dropout of attention, which FlexAttention lacks, are changed; and none with heads
+    of less than 16 dimensions, which its kernels do not take. Vision towers keep their attention.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Any model, also with adapters.
     """
     text = model.config.get_text_config()
-    if text._attn_implementation == "sdpa" and not text.to_dict().get("attention_dropout"):
+    settings = text.to_dict()
+    head_size = settings.get("head_dim") or text.hidden_size // text.num_attention_heads
+    if text._attn_implementation == "sdpa" and not settings.get("attention_dropout") and head_size >= 16:
         # Not by `set_attn_implementation`, which also sets back what `batch_vision_attention` did
         text._attn_implementation = _IMPLEMENTATION
     return model

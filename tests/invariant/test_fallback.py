@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Qwen2Config
 from transformers.utils import logging as transformers_logging
 
 from mm_prm.inference import Scorer
@@ -72,6 +73,18 @@ def test_a_gpu_gets_flex_attention_unless_another_is_named(tiny_prm_path, device
     unpacked = AutoModelForProcessReward.from_pretrained(tiny_prm_path)
     settle_packing(unpacked, SimpleNamespace(packing="none", device=torch.device("cuda"), model_init_kwargs=None))
     assert unpacked.config.text_config._attn_implementation == "sdpa"
+
+
+def test_small_heads_stay_with_sdpa():
+    def implementation(**heads):
+        config = Qwen2Config(vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=1, **heads)
+        config.reward_token_ids = [7, 3]
+        return use_flex_attention(AutoModelForProcessReward.from_config(config)).config._attn_implementation
+
+    assert implementation(num_attention_heads=4, num_key_value_heads=2) == "sdpa"
+    assert implementation(num_attention_heads=2, num_key_value_heads=2, head_dim=8) == "sdpa"
+    assert implementation(num_attention_heads=2, num_key_value_heads=2) == "flex_for_block_masks"
+    assert implementation(num_attention_heads=4, num_key_value_heads=2, head_dim=16) == "flex_for_block_masks"
 
 
 def test_attention_with_dropout_stays_with_sdpa(tiny_prm_path):
