@@ -200,9 +200,16 @@ if __name__ == "__main__":
 """
 
 
-def engines_of(process):
+def engines_of(process, name="VLLM::EngineCore"):
     """The processes of its engines, which have a name of their own as soon as they load a model."""
-    return [child for child in process.children(recursive=True) if "VLLM::EngineCore" in " ".join(child.cmdline())]
+    return [child for child in process.children(recursive=True) if name in command_of(child)]
+
+
+def command_of(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # also one that has ended and for which nobody has waited yet
+        return ""
 
 
 def test_a_killed_process_leaves_no_engine(tmp_path):
@@ -215,8 +222,11 @@ def test_a_killed_process_leaves_no_engine(tmp_path):
     while len(engines_of(psutil.Process(process.pid))) < 2:
         assert process.poll() is None
         time.sleep(0.1)
-    left = psutil.Process(process.pid).children(recursive=True)
+    left = engines_of(psutil.Process(process.pid), "VLLM::")
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    assert psutil.wait_procs(left, timeout=60)[1] == []
+    deadline = time.monotonic() + 60
+    while any(map(command_of, left)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [child for child in left if command_of(child)] == []
