@@ -137,7 +137,7 @@ def _judge_into(
     from mm_prm.commands.progress import ProgressBar
 
     part, part_key = output.with_name(f".{output.name}.part"), output.with_name(f".{output.name}.part.key")
-    done = _finished_rows(part, part_key, key)
+    done = judged_before = _finished_rows(part, part_key, key)
     if done:
         print(f"{done} rows were judged by an earlier run; going on after them", file=sys.stderr)
     try:
@@ -149,7 +149,7 @@ def _judge_into(
                     lines.flush()
                     os.fsync(lines.fileno())
                     done += len(lot)
-                    bar.update(done)
+                    bar.update(done, free=judged_before)
     except ChatServerError as error:
         raise InputError(f"judge: {error}; {done} rows are judged, and the same command goes on after them") from error
     except KeyboardInterrupt:
