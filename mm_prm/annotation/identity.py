@@ -138,11 +138,13 @@ def _files_digest(files: Iterable[Path]) -> str:
 
 def _hub_revision(name: str) -> str:
     """The commit that the name stands for now; nothing where neither the Hub nor its cache knows."""
-    try:
-        # The cache keeps files in a folder that is named by the commit.
-        return Path(hf_hub_download(name, "config.json")).parent.name
-    except (OSError, ValueError):
-        return ""
+    for file in ("config.json", "adapter_config.json"):
+        try:
+            # The cache keeps files in a folder that is named by the commit.
+            return Path(hf_hub_download(name, file)).parent.name
+        except (OSError, ValueError):
+            continue
+    return ""
 
 
 def checkpoint_identity(path: str | os.PathLike[str]) -> str | list[str]:

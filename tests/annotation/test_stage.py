@@ -121,14 +121,15 @@ def test_a_checkpoint_counts_by_its_content(tmp_path):
     assert "Qwen/Qwen2.5-VL" in describe(open_policy, "Qwen/Qwen2.5-VL", {})
 
 
-def test_a_name_on_the_hub_counts_by_its_revision(tmp_path, monkeypatch):
+@pytest.mark.parametrize("config", ["config.json", "adapter_config.json"])
+def test_a_name_on_the_hub_counts_by_its_revision(tmp_path, monkeypatch, config):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     folder = tmp_path / "models--me--policy"
     identities = []
     for commit in ("1" * 40, "2" * 40):
-        for file, text in ((f"snapshots/{commit}/config.json", "{}"), ("refs/main", commit)):
+        for file, text in ((f"snapshots/{commit}/{config}", "{}"), ("refs/main", commit)):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_text(text)
         identities.append(describe(open_policy, "me/policy", {}))
