@@ -6,8 +6,10 @@ Nothing heavy is imported before the command is known, so that help and version 
 import argparse
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from mm_prm import __version__
 from mm_prm.commands import InputError
@@ -85,5 +87,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def program() -> NoReturn:
+    """Run the command of the command line and end the process with its status."""
+    status = main()
+    if any(thread.daemon and thread.name == "policy" for thread in threading.enumerate()):
+        # A model that is in the midst of a batch cannot be stopped, and Python's own way out would abort in it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -174,3 +174,17 @@ sys.exit(main(["annotate", "--problems", "problems.json", "--output", "trees"]))
     run = subprocess.Popen([sys.executable, "-c", program], env=environment(), text=True, **pipes)
     assert run.stdout.readline() == "computing\n"
     interrupt(run)
+
+
+def test_ctrl_c_while_a_model_computes():
+    flags = ["--problems", "mini:annotation:80", "--output", "trees", "--rollout_budget", "16"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "mm_prm.cli", "annotate", *flags], env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    while not (Path("trees.journal.sqlite").exists() and stored()):
+        time.sleep(0.1)
+        assert run.poll() is None, run.stderr.read()
+    run.send_signal(signal.SIGINT)
+    messages = run.communicate(timeout=100)[1]
+    assert run.returncode == 130 and "trees are in trees.journal.sqlite" in messages
+    assert "terminate called" not in messages
