@@ -140,3 +140,9 @@ def test_settings_that_cannot_be_used_are_refused():
         QuickstartConfig(num_candidates=0)
     with pytest.raises(ValueError, match="rollout_budget = 4: does not cover the 8 rollouts"):
         QuickstartConfig(rollout_budget=4)
+
+
+def test_an_output_that_is_a_file_is_named(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["quickstart", "--output_dir", str(tmp_path / "file")]) == 2
+    assert "mm-prm quickstart: output_dir: " in (message := capsys.readouterr().err) and "file'" in message
