@@ -6,14 +6,15 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Where the tests run in the background Ctrl-C is ignored, and the programs that they start and interrupt would inherit that
-signal.signal(signal.SIGINT, signal.default_int_handler)
 # Programs that tests start find this package, and whatever the tests themselves found
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 
 import pytest
+
+# Where the tests run in the background Ctrl-C is ignored, and the programs that they start and interrupt would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
