@@ -15,7 +15,7 @@ EXTRAS_BIN := $(EXTRAS_VENV)/bin
 .PHONY: test test-vllm test-extras lint quickstart wheel clean
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_BIN)/python -m pytest -m vllm -s --timeout 900 tests/vllm  # engines start slowly on a busy machine
