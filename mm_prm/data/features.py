@@ -142,7 +142,7 @@ class RowError(ValueError):
     def __init__(self, kind: str, row: str, field: str, value: Any, advice: str):
         self.kind, self.row, self.field, self.value, self.advice = kind, row, field, value, advice
         shown = repr(value)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        shown = shown if len(shown) <= 200 else f"{shown[:98]}...{shown[-99:]}"  # a path ends with what matters
         super().__init__(f"{kind} {row}: {field} = {shown}: {advice}")
 
     def __reduce__(self) -> tuple:
