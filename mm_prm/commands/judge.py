@@ -8,7 +8,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -84,6 +84,7 @@ def run(settings: JudgeCommandSettings) -> int:
     import json
 
     from mm_prm.commands.files import check_lines_output, write_settings_beside
+    from mm_prm.unfinished import only_run
 
     with reading_input("judge"):
         settings.check_judge()
@@ -91,7 +92,9 @@ def run(settings: JudgeCommandSettings) -> int:
             raise ValueError(f"num_workers: {settings.num_workers} has to be at least 1")
     source, output = Path(settings.input).expanduser(), check_lines_output(settings.output, settings.input)
     if not source.is_file():
-        raise InputError(f"{source}: {'is a folder; name a .jsonl file' if source.is_dir() else 'there is no such file'}")
+        raise InputError(
+            f"{source}: {'is a folder; name a .jsonl file' if source.is_dir() else 'there is no such file'}"
+        )
     with reading_input(str(source)), source.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         stream.seek(0)
@@ -106,27 +109,10 @@ def run(settings: JudgeCommandSettings) -> int:
         refuse_rows(bad)
     write_settings_beside(output, settings)
     key = json.dumps([digest, settings.column, settings.judge_identity()])
-    with _only_run(output):
+    with ExitStack() as stack:
+        with reading_input("output"):
+            stack.enter_context(only_run(output, "judging into"))
         return _judge_into(output, source, key, num_rows, bad, settings)
-
-
-@contextmanager
-def _only_run(output: Path) -> Iterator[None]:
-    """What is finished lies beside the output, and two runs would mix theirs."""
-    import filelock
-
-    lock = filelock.FileLock(output.with_name(f".{output.name}.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise InputError(
-            f"output: another run is judging into {output}: wait for it, end it, or name another file"
-        ) from None
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
 def _judge_into(

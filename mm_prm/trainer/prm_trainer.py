@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PRMTrainer", "compute_accuracy", "compute_step_metrics"]
 
+
 class PRMTrainer(CheckpointTrainer):
     """
     Trainer for process reward models.
