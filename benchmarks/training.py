@@ -50,6 +50,8 @@ from workloads import (
 
 from mm_prm.models import AutoModelForProcessReward, batch_vision_attention, use_flex_attention
 from mm_prm.models.processing import EncodedRows
+from mm_prm.trainer import PRMConfig
+from mm_prm.trainer.freezing import freeze_parts
 
 WORKLOADS = ("trees", "unshared", "mini", "text")
 
@@ -117,7 +119,7 @@ def make_models(
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
     if vision_tower(model) is not None:
         batch_vision_attention(model)
-        vision_tower(model).requires_grad_(False)
+        freeze_parts(model, PRMConfig(report_to="none"))
     # No dropout, as trainers have it; gradient checkpointing is for training mode
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -1,7 +1,9 @@
 """Which parts of a vision-language model learn: vision tower, connector, language model."""
 
+import functools
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -43,8 +45,28 @@ def freeze_parts(model: PreTrainedModel, args: "PRMConfig | PolicyConfig") -> No
     for parameter in model.parameters():
         if id(parameter) in frozen:
             parameter.requires_grad_(False)
+    if has_tower and args.freeze_vision_tower:
+        _spare_backward(tower)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("every part of the model is frozen; leave one of the freeze_… settings false")
+
+
+def _spare_backward(tower: nn.Module) -> None:
+    """
+    Computes a tower without gradients while all its parameters are frozen.
+
+    For gradient checkpointing transformers lets the inputs of every model in the model require gradients, the patches of
+    the tower among them: it would be computed a second time and go through backward, all in vain.
+    """
+    forward = tower.forward
+
+    @functools.wraps(forward)
+    def forward_without_gradients(*args: Any, **kwargs: Any) -> Any:
+        learns = any(parameter.requires_grad for parameter in tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            return forward(*args, **kwargs)
+
+    tower.forward = forward_without_gradients
 
 
 def _ids(module: Any) -> set[int]:

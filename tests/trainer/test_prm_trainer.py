@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from mm_prm.models import AutoModelForProcessReward, ProcessRewardProcessor, create_process_reward_model
@@ -75,6 +76,30 @@ def test_each_part_can_be_frozen(tmp_path, settings, learning):
         assert parameter.requires_grad == (part in learning), name
         found.add(part)
     assert found == {"tower", "connector", "language model"}
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "thawed"])
+@pytest.mark.parametrize("architecture", ["qwen2_5_vl", "internvl"])
+def test_backward_goes_through_a_tower_only_if_it_learns(tmp_path, architecture, frozen):
+    model = build_prm(architecture, tmp_path / "prm")
+    settings = {"gradient_checkpointing": True, "freeze_vision_tower": frozen, "max_steps": 1}
+    trainer = PRMTrainer(str(model), _config(tmp_path / "out", **settings), train_dataset=toy_rows(4))
+    tower = trainer.model.get_encoder(modality="image")
+    layer = next(module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer))
+    computed = []
+    layer.register_forward_hook(lambda *_: computed.append(torch.is_grad_enabled()))
+    trainer.train()
+    assert computed and set(computed) == {not frozen}
+
+
+def test_a_tower_thawed_later_learns(tmp_path):
+    model = AutoModelForProcessReward.from_pretrained(build_prm("internvl", tmp_path))
+    freeze_parts(model, _config(tmp_path))
+    tower = model.get_encoder(modality="image")
+    images = torch.zeros(1, 3, *[model.config.vision_config.image_size[0]] * 2)
+    assert not tower(images).last_hidden_state.requires_grad
+    tower.requires_grad_(True)
+    assert tower(images).last_hidden_state.requires_grad
 
 
 def test_freezing_what_is_not_there_or_everything_is_refused(tiny_prm_path, tmp_path):
