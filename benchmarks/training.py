@@ -2,7 +2,7 @@
     python benchmarks/training.py --repeats 3 --output_json training.json
     python benchmarks/training.py --repeats 3 --workloads trees --num_trees 4
 
-Forward and backward pass of a training step, gradient checkpointing on and vision tower frozen, on a stock Qwen2.5-VL with
+Forward and backward pass of a training step, vision tower frozen and gradient checkpointing on unless told otherwise, on a stock Qwen2.5-VL with
 random weights in bfloat16; batches are formed beforehand, as workers of the data loader do. The workloads:
 
 - `trees`: trees of 12 rows in 6 pairs that share an image of 1,792 tokens, a question of 200 and the first 40 % of their
@@ -64,6 +64,9 @@ def main() -> None:
     parser.add_argument(
         "--attention", choices=["flex", "sdpa"], help="for packed rows (default: flex on a GPU, sdpa elsewhere)"
     )
+    parser.add_argument(
+        "--no_gradient_checkpointing", action="store_true", help="keep all activations, which takes more memory"
+    )
     args = parser.parse_args()
     args.attention = args.attention or ("flex" if args.device.startswith("cuda") else "sdpa")
     # The losses are compared before time is taken, which warms up
@@ -83,7 +86,7 @@ def main() -> None:
         ours, stock = make_models(args, config, Qwen2ForCausalLM)
         with torch.device(args.device):
             classifier = AutoModelForTokenClassification.from_config(config, dtype=getattr(torch, args.dtype))
-        tables.append(measure(args, "text", rows_of(args, "text"), ours, stock, peak, prepare(classifier)))
+        tables.append(measure(args, "text", rows_of(args, "text"), ours, stock, peak, prepare(classifier, args)))
         report(args, tables)
 
 
@@ -113,10 +116,10 @@ def make_models(
     )
     if args.attention == "flex":
         use_flex_attention(ours)
-    return prepare(ours), prepare(stock)
+    return prepare(ours, args), prepare(stock, args)
 
 
-def prepare(model: PreTrainedModel) -> PreTrainedModel:
+def prepare(model: PreTrainedModel, args: argparse.Namespace) -> PreTrainedModel:
     if vision_tower(model) is not None:
         batch_vision_attention(model)
         freeze_parts(model, PRMConfig(report_to="none"))
@@ -125,7 +128,8 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     model.train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if not args.no_gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 

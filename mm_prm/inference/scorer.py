@@ -3,12 +3,16 @@
 import copy
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-from mm_prm.models import TreePacker
+from mm_prm.models import TreePacker, batch_vision_attention, use_flex_attention
+from mm_prm.models.prefix_trees import PackedRows
+from mm_prm.models.processing import EncodedRows
 
 from .rows import Row, collate, encode_rows, token_budget_batches, windows
 from .solutions import Steps, distinct_solutions, scores_of_candidates
@@ -17,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 # Batches are cut from this many batches' worth of rows sorted by length: little padding, few images held at a time.
 _BATCHES_PER_WINDOW = 16
-# Problems whose images and masks are held at a time
+# Most problems that are prepared at once, and of so many again images are held meanwhile
 _PROBLEMS_PER_WINDOW = 64
 
 
@@ -57,10 +61,12 @@ class Scorer:
     def __init__(self, model: Any, processor: Any, max_tokens: int = 16384, share_prefix: bool = True):
         if max_tokens < 1:
             raise ValueError(f"max_tokens = {max_tokens}: must be at least 1")
-        self.model = model.eval()
+        self.model = batch_vision_attention(model.eval())
         self.processor = processor
         self.max_tokens = max_tokens
         self.share_prefix = share_prefix
+        if share_prefix and model.device.type == "cuda":
+            use_flex_attention(model)
         self.packer = _packer(model, processor, max_tokens) if share_prefix else None
         self._prefix_checked: set[bool] = set()  # with images, without
         pad_token_id = processor.tokenizer.pad_token_id
@@ -149,27 +155,53 @@ class Scorer:
         self,
         packer: TreePacker,
         problems: Sequence[Mapping[str, Any]],
-        solutions: Sequence[Sequence[tuple[str, ...]]],
+        solutions: Sequence[Sequence[Steps]],
         order: Sequence[int],
-    ) -> Iterator[tuple[int, tuple[str, ...], list[float]]]:
-        """Compute the candidates of each problem as one sequence, several problems in a batch."""
-        for start in range(0, len(order), _PROBLEMS_PER_WINDOW):
-            rows = [
-                (index, steps) for index in order[start : start + _PROBLEMS_PER_WINDOW] for steps in solutions[index]
-            ]
-            encoded = self.processor.encode([problems[index] for index, _ in rows], [steps for _, steps in rows])
-            for batch in token_budget_batches(packer.pack(encoded), self.max_tokens):
-                inputs = self._to_device(packer.collate(encoded, batch))
-                step_mask = inputs.pop("step_mask")
-                for key in ("labels", "label_weights"):
-                    del inputs[key]
-                with torch.inference_mode():
-                    probabilities = self.model(**inputs).logits.float().softmax(dim=-1)[..., 1]
-                packed_scores = probabilities.masked_fill(~step_mask, torch.nan).cpu().numpy()
-                for sequence, sequence_scores in zip(batch, packed_scores, strict=True):
-                    for row, path in zip(sequence.rows, sequence.paths, strict=True):
-                        is_step = encoded.input_ids[row] == self.processor.step_token_id
-                        yield *rows[row], sequence_scores[path[is_step]].tolist()
+    ) -> Iterator[tuple[int, Steps, list[float]]]:
+        """Compute the candidates of each problem as one sequence; meanwhile a thread prepares what comes next."""
+        left, number = deque(order), 1
+        with ThreadPoolExecutor(1) as thread:
+
+            def prepare() -> Future:
+                indices = [left.popleft() for _ in range(min(number, len(left)))]
+                return thread.submit(self._prepare, packer, problems, solutions, indices)
+
+            prepared = prepare() if left else None
+            while prepared is not None:
+                rows, encoded, batches = prepared.result()
+                # As many problems as probably fill a batch: those that come are shorter
+                longest = max(len(tree) for batch, _ in batches for tree in batch)
+                number = max(1, min(_PROBLEMS_PER_WINDOW, self.max_tokens // longest))
+                prepared = prepare() if left else None
+                for batch, inputs in batches:
+                    yield from self._score_trees(rows, encoded, batch, inputs)
+
+    def _prepare(
+        self,
+        packer: TreePacker,
+        problems: Sequence[Mapping[str, Any]],
+        solutions: Sequence[Sequence[Steps]],
+        indices: Sequence[int],
+    ) -> tuple[list[tuple[int, Steps]], EncodedRows, list[tuple[list[PackedRows], dict[str, Any]]]]:
+        """The rows of some problems, encoded, and batches of their trees with the model's inputs."""
+        rows = [(index, steps) for index in indices for steps in solutions[index]]
+        encoded = self.processor.encode([problems[index] for index, _ in rows], [steps for _, steps in rows])
+        batches = token_budget_batches(packer.pack(encoded), self.max_tokens)
+        return rows, encoded, [(batch, packer.collate(encoded, batch)) for batch in batches]
+
+    def _score_trees(
+        self, rows: Sequence[tuple[int, Steps]], encoded: EncodedRows, batch: list[PackedRows], inputs: dict[str, Any]
+    ) -> Iterator[tuple[int, Steps, list[float]]]:
+        step_mask = inputs.pop("step_mask")
+        for key in ("labels", "label_weights"):
+            del inputs[key]
+        with torch.inference_mode():
+            probabilities = self.model(**self._to_device(inputs)).logits.float().softmax(dim=-1)[..., 1]
+        packed_scores = probabilities.cpu().masked_fill(~step_mask, torch.nan).numpy()
+        for sequence, sequence_scores in zip(batch, packed_scores, strict=True):
+            for row, path in zip(sequence.rows, sequence.paths, strict=True):
+                is_step = encoded.input_ids[row] == self.processor.step_token_id
+                yield *rows[row], sequence_scores[path[is_step]].tolist()
 
     def _score_window(self, rows: list[Row]) -> Iterator[tuple[list[Row], list[list[float]]]]:
         # With images and without, architectures count positions in different ways: one says nothing about the other.
