@@ -16,13 +16,13 @@ Each turn has problems of its own; one of a few problems comes first, to warm up
 - at once: rollouts that the engine had been asked for and had not handed back, on average over the time.
 
 On a GPU, with the embedded policy, and with a model of 2.2 B parameters with random weights that writes rollouts of 256 tokens
-about pictures of 256 tokens; the loop takes the first problems of a turn only, and rates are compared (not run yet; where
-CUDA graphs cannot be made, --engine_settings '{"enforce_eager": true}'):
+about pictures of 256 tokens; the loop takes the first problems of a turn only, and rates are compared (where CUDA graphs
+cannot be made, --engine_settings '{"enforce_eager": true}'):
 
-    python benchmarks/annotation.py --num_problems 256 --baseline_problems 8 --trees_in_flight 64 --rollout_budget 112
+    python benchmarks/annotation.py --num_problems 160 --baseline_problems 6 --trees_in_flight 64 --rollout_budget 112
         --judge_delay 0 0.2 --judge_concurrency 512 --repeats 2 --output_json mini.json
-    python benchmarks/annotation.py --model random --num_problems 128 --baseline_problems 4 --trees_in_flight 64
-        --rollout_budget 112 --judge_concurrency 512 --repeats 2 --output_json random.json
+    python benchmarks/annotation.py --model random --num_problems 64 --baseline_problems 3 --trees_in_flight 64
+        --rollout_budget 80 --judge_concurrency 512 --repeats 2 --output_json random.json
 """
 
 import argparse

@@ -17,7 +17,7 @@ Each turn has pictures, questions and solutions of its own, since vLLM keeps pic
 pictures is in the time of all. Memory is the most that a way allocated at once above the weights; of vLLM it is all that
 its engine took when it started.
 
-On a GPU (not run yet): the command above, with vLLM installed; --gpu_memory_utilization 0.35 on one of 80 GB; where CUDA
+On a GPU: the command above, with vLLM installed; --gpu_memory_utilization 0.35 on one of 80 GB; where CUDA
 graphs cannot be made, --engine_settings '{"enforce_eager": true}'.
 """
 
@@ -135,7 +135,8 @@ def to_device(value: Any, model: Any) -> Any:
 
 def stock_model(model: Any) -> Any:
     """The stock class on the same parameters, its vision tower as ours."""
-    stock = AutoModelForImageTextToText.from_config(model.config, dtype=model.dtype)
+    with torch.device(model.device):  # the weights that are drawn here are not used, and slow to draw on a CPU
+        stock = AutoModelForImageTextToText.from_config(model.config, dtype=model.dtype)
     stock.load_state_dict(model.state_dict(keep_vars=True), assign=True)
     stock.tie_weights()
     return batch_vision_attention(stock).to(model.device).eval()
