@@ -111,6 +111,7 @@ def run(settings: EvaluateSettings) -> int:
     with reading_input("judge"):
         settings.check_judge()
     settings = replace(settings, model=settings.find_model())
+    settings.check_model()
     write_settings(output, settings)
     try:
         with Journal(output / "journal.sqlite") as journal:

@@ -113,6 +113,15 @@ class ScorerSettings:
         with self._reading_model():
             return ServedScorer(self.base_url).model
 
+    def check_model(self) -> None:
+        """Says, without its weights, where a model cannot be had or is no process reward model."""
+        from mm_prm.embedded import model_path
+        from mm_prm.models import ProcessRewardProcessor
+
+        if self.base_url is None and self.model_checkpoint:  # finding it tells names that do not exist
+            with self._reading_model():
+                ProcessRewardProcessor.from_pretrained(model_path(self.model or _DEFAULT_MODEL))
+
     def scorer_identity(self) -> str:
         """What gives the scores, for the journal's key. A server is asked which model it has, if none is given."""
         from mm_prm.evaluation import scorer_identity

@@ -3,14 +3,13 @@
 import copy
 import logging
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 
-from mm_prm.models import TreePacker, batch_vision_attention, use_flex_attention
+from mm_prm.models import TreePacker, use_flex_attention
 from mm_prm.models.prefix_trees import PackedRows
 from mm_prm.models.processing import EncodedRows
 
@@ -21,8 +20,13 @@ logger = logging.getLogger(__name__)
 
 # Batches are cut from this many batches' worth of rows sorted by length: little padding, few images held at a time.
 _BATCHES_PER_WINDOW = 16
-# Most problems that are prepared at once, and of so many again images are held meanwhile
+# The same for trees, and most problems whose images are held at a time
+_BATCHES_PER_PACKED_WINDOW = 4
 _PROBLEMS_PER_WINDOW = 64
+
+Value = TypeVar("Value")
+# Rows, as problem and steps, their tokens, and batches of their trees with the model's inputs
+Window = tuple[list[tuple[int, Steps]], EncodedRows, list[tuple[list[PackedRows], dict[str, Any]]]]
 
 
 class Scorer:
@@ -61,10 +65,12 @@ class Scorer:
     def __init__(self, model: Any, processor: Any, max_tokens: int = 16384, share_prefix: bool = True):
         if max_tokens < 1:
             raise ValueError(f"max_tokens = {max_tokens}: must be at least 1")
-        self.model = batch_vision_attention(model.eval())
+        self.model = model.eval()
         self.processor = processor
         self.max_tokens = max_tokens
         self.share_prefix = share_prefix
+        # On a CPU preparing problems would only take time from the model
+        self._prepare_ahead = model.device.type != "cpu"
         if share_prefix and model.device.type == "cuda":
             use_flex_attention(model)
         self.packer = _packer(model, processor, max_tokens) if share_prefix else None
@@ -158,23 +164,28 @@ class Scorer:
         solutions: Sequence[Sequence[Steps]],
         order: Sequence[int],
     ) -> Iterator[tuple[int, Steps, list[float]]]:
-        """Compute the candidates of each problem as one sequence; meanwhile a thread prepares what comes next."""
-        left, number = deque(order), 1
-        with ThreadPoolExecutor(1) as thread:
+        """Compute the candidates of each problem as one sequence, several problems in a batch."""
+        windows = self._prepare_windows(packer, problems, solutions, order)
+        for rows, encoded, batches in _one_ahead(windows) if self._prepare_ahead else windows:
+            for batch, inputs in batches:
+                yield from self._score_trees(rows, encoded, batch, inputs)
 
-            def prepare() -> Future:
-                indices = [left.popleft() for _ in range(min(number, len(left)))]
-                return thread.submit(self._prepare, packer, problems, solutions, indices)
-
-            prepared = prepare() if left else None
-            while prepared is not None:
-                rows, encoded, batches = prepared.result()
-                # As many problems as probably fill a batch: those that come are shorter
-                longest = max(len(tree) for batch, _ in batches for tree in batch)
-                number = max(1, min(_PROBLEMS_PER_WINDOW, self.max_tokens // longest))
-                prepared = prepare() if left else None
-                for batch, inputs in batches:
-                    yield from self._score_trees(rows, encoded, batch, inputs)
+    def _prepare_windows(
+        self,
+        packer: TreePacker,
+        problems: Sequence[Mapping[str, Any]],
+        solutions: Sequence[Sequence[Steps]],
+        order: Sequence[int],
+    ) -> Iterator[Window]:
+        """One problem, then twice as many each time: the first batch is soon there, and later ones are well filled."""
+        start, number = 0, 1
+        while start < len(order):
+            window = self._prepare(packer, problems, solutions, order[start : start + number])
+            yield window
+            start += number
+            longest = max(len(tree) for batch, _ in window[2] for tree in batch)
+            enough = _BATCHES_PER_PACKED_WINDOW * self.max_tokens // longest
+            number = max(1, min(2 * number, enough, _PROBLEMS_PER_WINDOW))
 
     def _prepare(
         self,
@@ -182,8 +193,8 @@ class Scorer:
         problems: Sequence[Mapping[str, Any]],
         solutions: Sequence[Sequence[Steps]],
         indices: Sequence[int],
-    ) -> tuple[list[tuple[int, Steps]], EncodedRows, list[tuple[list[PackedRows], dict[str, Any]]]]:
-        """The rows of some problems, encoded, and batches of their trees with the model's inputs."""
+    ) -> Window:
+        """Encode the rows of some problems, and put their trees into batches."""
         rows = [(index, steps) for index in indices for steps in solutions[index]]
         encoded = self.processor.encode([problems[index] for index, _ in rows], [steps for _, steps in rows])
         batches = token_budget_batches(packer.pack(encoded), self.max_tokens)
@@ -286,6 +297,16 @@ class Scorer:
         probabilities = logits.float().softmax(dim=-1)[..., 1]
         counts = step_mask.sum(dim=1).tolist()
         return [scores.tolist() for scores in probabilities[step_mask].split(counts)]
+
+
+def _one_ahead(values: Iterator[Value]) -> Iterator[Value]:
+    """The same values; a thread computes the next one while the last is used."""
+    end: Any = object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, values, end)
+        while (value := coming.result()) is not end:
+            coming = thread.submit(next, values, end)
+            yield value
 
 
 def _packer(model: Any, processor: Any, max_tokens: int) -> TreePacker | None:

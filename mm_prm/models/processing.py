@@ -142,6 +142,7 @@ class ProcessRewardProcessor:
         """
         path = os.fspath(pretrained_model_name_or_path)
         hub_arguments = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs and key != "trust_remote_code"}
+        processor = AutoProcessor.from_pretrained(path, **kwargs)  # says what is wrong with a name
         file = cached_file(path, _FILE_NAME, _raise_exceptions_for_missing_entries=False, **hub_arguments)
         if file is None:
             raise OSError(
@@ -149,7 +150,6 @@ class ProcessRewardProcessor:
                 f"mm_prm.models.create_process_reward_model('{path}') makes one out of a policy"
             )
         settings = json.loads(Path(file).read_text(encoding="utf-8"))
-        processor = AutoProcessor.from_pretrained(path, **kwargs)
         return cls(
             processor,
             settings["step_token"],

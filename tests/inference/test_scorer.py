@@ -58,6 +58,29 @@ def alone(scorer: Scorer, problem, steps) -> list[float]:
         return scorer.model(**batch).logits[step_mask].softmax(dim=-1)[:, 1].tolist()
 
 
+@pytest.fixture
+def ahead(scorer) -> Scorer:
+    """A scorer that prepares problems while it computes others, as on a GPU."""
+    scorer = Scorer(scorer.model, scorer.processor, max_tokens=600)
+    assert not scorer._prepare_ahead
+    scorer._prepare_ahead = True
+    return scorer
+
+
+def test_problems_prepared_ahead_get_the_same_scores(scorer, ahead, problems):
+    many = problems * 4
+    expected = Scorer(scorer.model, scorer.processor, max_tokens=600).score(many, [CANDIDATES] * len(many))
+    assert ahead.score(many, [CANDIDATES] * len(many)) == expected
+
+
+def test_a_bad_problem_ends_scoring_also_where_it_is_prepared_ahead(ahead, problems):
+    progress = []
+    bad = problems[-1] | {"question": "?", "images": [object()]}  # the shortest, so the last
+    with pytest.raises((TypeError, ValueError)):
+        ahead.score([*problems, bad], [CANDIDATES] * 6, lambda done, total: progress.append((done, total)))
+    assert progress  # those before it were scored
+
+
 @pytest.mark.parametrize("way", ["packed", "cached", "whole"])
 @pytest.mark.parametrize("max_tokens", [1, 300, 16384])
 def test_scored_together_equals_scored_alone(scorer, problems, way, max_tokens):
