@@ -2,8 +2,9 @@
     python benchmarks/training.py --repeats 3 --output_json training.json
     python benchmarks/training.py --repeats 3 --workloads trees --num_trees 4
 
-Forward and backward pass of a training step, vision tower frozen and gradient checkpointing on unless told otherwise, on a stock Qwen2.5-VL with
-random weights in bfloat16; batches are formed beforehand, as workers of the data loader do. The workloads:
+Forward and backward pass of a training step, vision tower frozen and gradient checkpointing on unless told otherwise, on a
+stock Qwen2.5-VL with random weights in bfloat16; batches are formed beforehand, as workers of the data loader do. The
+workloads:
 
 - `trees`: trees of 12 rows in 6 pairs that share an image of 1,792 tokens, a question of 200 and the first 40 % of their
   solutions, of 400 tokens in 8 steps;

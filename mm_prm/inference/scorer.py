@@ -165,8 +165,8 @@ class Scorer:
         order: Sequence[int],
     ) -> Iterator[tuple[int, Steps, list[float]]]:
         """Compute the candidates of each problem as one sequence, several problems in a batch."""
-        windows = self._prepare_windows(packer, problems, solutions, order)
-        for rows, encoded, batches in _one_ahead(windows) if self._prepare_ahead else windows:
+        prepared = self._prepare_windows(packer, problems, solutions, order)
+        for rows, encoded, batches in _one_ahead(prepared) if self._prepare_ahead else prepared:
             for batch, inputs in batches:
                 yield from self._score_trees(rows, encoded, batch, inputs)
 
