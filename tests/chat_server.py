@@ -76,12 +76,10 @@ class ChatServer:
             failure = None if is_probe or not self.failures else self.failures.pop(0)
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
-        try:
-            time.sleep(0 if is_probe else self.seconds)
-            self.reply(request, payload, failure)
-        finally:
-            with self.lock:
-                self.in_flight -= 1
+        time.sleep(0 if is_probe else self.seconds)
+        with self.lock:
+            self.in_flight -= 1  # before the client knows, which may send the next one at once
+        self.reply(request, payload, failure)
 
     def reply(self, request, payload, failure):
         is_probe = payload.get("max_tokens") == 1 and "top_logprobs" not in payload
