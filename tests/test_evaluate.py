@@ -244,15 +244,19 @@ def test_models_that_cannot_be_had_are_named_and_engines_have_their_settings(pro
     )
     for flags, message in (
         (["--policy", "me/misspelt"], "policy: me/misspelt: "),
-        (["--model", "me/misspelt"], "model: me/misspelt: "),
-        (["--model", "mini-policy"], "model: mini-policy: "),
+        (["--candidates", "candidates.jsonl", "--model", "me/misspelt"], "model: me/misspelt: "),
         (["--engine", "vllm", "--device", "cpu"], "device: is a setting of engine 'transformers', not of 'vllm'"),
         (["--engine", "server"], "base_url: is needed where engine is 'server'"),
     ):
         assert main([*ARGS, "--output", "out", *flags]) == 2
-        told = capsys.readouterr().err
-        assert message in told.splitlines()[-1]
-        assert "solutions" not in told  # before any are sampled
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("model", ["me/misspelt", "mini-policy", "not/there/at/all"])
+def test_a_model_that_cannot_be_had_is_told_before_anything_is_sampled(problems, capsys, model):
+    assert main([*ARGS, "--output", "out", "--model", model]) == 2
+    assert f"model: {model}: " in capsys.readouterr().err.splitlines()[-1]
+    assert not Path("out/journal.sqlite").exists()
 
 
 def test_figures_say_which_checkpoint_was_measured(problems, tiny_prm_path, monkeypatch):

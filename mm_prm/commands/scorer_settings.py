@@ -118,9 +118,11 @@ class ScorerSettings:
         from mm_prm.embedded import model_path
         from mm_prm.models import ProcessRewardProcessor
 
-        if self.base_url is None and self.model_checkpoint:  # finding it tells names that do not exist
-            with self._reading_model():
-                ProcessRewardProcessor.from_pretrained(model_path(self.model or _DEFAULT_MODEL))
+        if self.base_url is not None:
+            return
+        _ = self.model_checkpoint  # a folder that is not there has no digest
+        with self._reading_model():
+            ProcessRewardProcessor.from_pretrained(model_path(self.model or _DEFAULT_MODEL))
 
     def scorer_identity(self) -> str:
         """What gives the scores, for the journal's key. A server is asked which model it has, if none is given."""

@@ -140,7 +140,8 @@ class Scorer:
             reverse=True,
         )
         if self.packer is not None:
-            for index, steps, row_scores in self._score_packed(self.packer, problems, distinct, order):
+            trees = self._prepare_trees(self.packer, problems, distinct, order)
+            for index, steps, row_scores in self._score_packed(trees):
                 scores[index][steps] = row_scores
                 done += 1
                 if progress is not None:
@@ -157,20 +158,13 @@ class Scorer:
                         progress(done, total)
         return scores_of_candidates(scores, candidates)
 
-    def _score_packed(
-        self,
-        packer: TreePacker,
-        problems: Sequence[Mapping[str, Any]],
-        solutions: Sequence[Sequence[Steps]],
-        order: Sequence[int],
-    ) -> Iterator[tuple[int, Steps, list[float]]]:
+    def _score_packed(self, prepared: Iterator[Window]) -> Iterator[tuple[int, Steps, list[float]]]:
         """Compute the candidates of each problem as one sequence, several problems in a batch."""
-        prepared = self._prepare_windows(packer, problems, solutions, order)
         for rows, encoded, batches in _one_ahead(prepared) if self._prepare_ahead else prepared:
             for batch, inputs in batches:
                 yield from self._score_trees(rows, encoded, batch, inputs)
 
-    def _prepare_windows(
+    def _prepare_trees(
         self,
         packer: TreePacker,
         problems: Sequence[Mapping[str, Any]],
@@ -180,25 +174,14 @@ class Scorer:
         """One problem, then twice as many each time: the first batch is soon there, and later ones are well filled."""
         start, number = 0, 1
         while start < len(order):
-            window = self._prepare(packer, problems, solutions, order[start : start + number])
-            yield window
+            rows = [(index, steps) for index in order[start : start + number] for steps in solutions[index]]
+            encoded = self.processor.encode([problems[index] for index, _ in rows], [steps for _, steps in rows])
+            trees = packer.pack(encoded)
+            batches = token_budget_batches(trees, self.max_tokens)
+            yield rows, encoded, [(batch, packer.collate(encoded, batch)) for batch in batches]
             start += number
-            longest = max(len(tree) for batch, _ in window[2] for tree in batch)
-            enough = _BATCHES_PER_PACKED_WINDOW * self.max_tokens // longest
+            enough = _BATCHES_PER_PACKED_WINDOW * self.max_tokens // max(map(len, trees))
             number = max(1, min(2 * number, enough, _PROBLEMS_PER_WINDOW))
-
-    def _prepare(
-        self,
-        packer: TreePacker,
-        problems: Sequence[Mapping[str, Any]],
-        solutions: Sequence[Sequence[Steps]],
-        indices: Sequence[int],
-    ) -> Window:
-        """Encode the rows of some problems, and put their trees into batches."""
-        rows = [(index, steps) for index in indices for steps in solutions[index]]
-        encoded = self.processor.encode([problems[index] for index, _ in rows], [steps for _, steps in rows])
-        batches = token_budget_batches(packer.pack(encoded), self.max_tokens)
-        return rows, encoded, [(batch, packer.collate(encoded, batch)) for batch in batches]
 
     def _score_trees(
         self, rows: Sequence[tuple[int, Steps]], encoded: EncodedRows, batch: list[PackedRows], inputs: dict[str, Any]
