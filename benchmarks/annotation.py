@@ -1,5 +1,5 @@
 """
-    VLLM_CPU_KVCACHE_SPACE=2 python benchmarks/annotation.py --judge_delay 0 0.2 --engine_settings '{"enforce_eager": true, "dtype": "float32"}'
+    VLLM_CPU_KVCACHE_SPACE=2 python benchmarks/annotation.py --num_engines 2 --judge_delay 0 0.2 --engine_settings '{"enforce_eager": true, "dtype": "float32"}'
 
 Step labels a second: `annotate` against MM-PRM's own loop. That grows one tree at a time, sends a prompt 16 times for 16
 rollouts, has the steps so far in the user turn, and waits for all rollouts, then for all verdicts (from 32 threads), before
@@ -10,6 +10,8 @@ Both grow the same trees, to the last rollout, so a label is the same thing: the
 `annotate` goes first and its rollouts are kept. The loop's search is given them; its engine writes from the loop's own
 prompts as many tokens as they have, which are thrown away. What the engine has cached of the prompts by then serves the
 loop. "engine alone" is the limit: all requests of the trees at once, as if they were known before, and nobody judges.
+Of several engines (`--num_engines`) `annotate` has all; the loop, whose tree one engine grows, has one of its own beside
+them, which on a CPU has all cores.
 Each turn has problems of its own; one of a few problems comes first, to warm up.
 
 - busy: share of the time in which the engine had at least one request that it had not answered.
@@ -19,10 +21,11 @@ On a GPU, with the embedded policy, and with a model of 2.2 B parameters with ra
 about pictures of 256 tokens; the loop takes the first problems of a turn only, and rates are compared (where CUDA graphs
 cannot be made, --engine_settings '{"enforce_eager": true}'):
 
-    python benchmarks/annotation.py --num_problems 160 --baseline_problems 6 --trees_in_flight 64 --rollout_budget 112
-        --judge_delay 0 0.2 --judge_concurrency 512 --repeats 2 --output_json mini.json
-    python benchmarks/annotation.py --model random --num_problems 64 --baseline_problems 3 --trees_in_flight 64
-        --rollout_budget 80 --judge_concurrency 512 --repeats 2 --output_json random.json
+    python benchmarks/annotation.py --num_engines 2 --num_problems 320 --baseline_problems 8 --trees_in_flight 128
+        --rollout_budget 112 --judge_delay 0 0.2 --judge_concurrency 1024 --repeats 2 --output_json mini.json
+    python benchmarks/annotation.py --model random --num_engines 3 --num_problems 448 --baseline_problems 6
+        --trees_in_flight 160 --rollout_budget 112 --judge_concurrency 512 --repeats 2 --output_json random.json
+        --engine_settings '{"compilation_config": {"max_cudagraph_capture_size": 1024}}'
 """
 
 import argparse
@@ -183,7 +186,7 @@ def ask_for_all(engine: Any, problems: list[Problem], kept: dict[RolloutRequest,
 
 
 def run_turn(
-    args: argparse.Namespace, engine: Any, judge: Judge, first: int, number: int
+    args: argparse.Namespace, engine: Any, loop_engine: Any, judge: Judge, first: int, number: int
 ) -> dict[str, dict[str, float]]:
     """Each way once over the problems; what it did in how many seconds."""
     config = AnnotationConfig(
@@ -191,7 +194,7 @@ def run_turn(
     )
     problems = list(generate_problems("annotation", number, first))
     trees, kept, ours = grow_all(engine, problems, judge, config, args.judge_concurrency)
-    loop_trees, loop = grow_one_by_one(engine, problems[: args.baseline_problems], judge, config, kept)
+    loop_trees, loop = grow_one_by_one(loop_engine, problems[: args.baseline_problems], judge, config, kept)
     for name, tree in loop_trees.items():
         if any(tree[part] != trees[name][part] for part in ("nodes", "rollouts")):
             raise AssertionError(f"{name}: the two ways grew different trees")
@@ -256,15 +259,33 @@ def _text(value: dict[str, float], form: str) -> str:
     return f"{value['median']:{form}} ({value['low']:{form}}–{value['high']:{form}})"
 
 
-def open_engine(args: argparse.Namespace, folder: Path) -> Any:
-    """The engine with its model."""
+def open_engines(args: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
+    """The engine with its model, and that of the loop: the same one, unless there are several."""
+    if args.num_engines == 1:
+        engine = open_engine(args, folder)
+        return engine, engine
+    engine = open_engine(args, folder, num_engines=args.num_engines, **_share_of_memory(0.7))
+    loop_engine = open_engine(args, folder, **_share_of_memory(0.2))
+    if args.model == "random":
+        loop_engine.know_steps_of(engine)
+    return engine, loop_engine
+
+
+def _share_of_memory(share: float) -> dict[str, float]:
+    return {"gpu_memory_utilization": share} if torch.cuda.is_available() else {}
+
+
+def open_engine(args: argparse.Namespace, folder: Path, **own_settings: Any) -> Any:
+    """An engine with its model."""
     if args.engine == "transformers":
+        if args.num_engines > 1:
+            raise SystemExit("--num_engines: needs --engine vllm")
         if args.model == "random":
             raise SystemExit("--model random: needs --engine vllm, which draws the weights")
         return TransformersEngine.from_pretrained(
             model_path(args.model), device=args.device, max_new_tokens=args.max_new_tokens
         )
-    settings: dict[str, Any] = {"max_model_len": 2048, **args.engine_settings}
+    settings: dict[str, Any] = {"max_model_len": 2048, **own_settings, **args.engine_settings}
     if args.model != "random":
         return VLLMEngine(model_path(args.model), max_new_tokens=args.max_new_tokens, **settings)
     path = make_random_model(folder, args.num_layers, args.hidden_size, args.image_tokens)
@@ -277,6 +298,7 @@ def main() -> None:
     parser.set_defaults(repeats=3)
     parser.add_argument("--engine", default="vllm", choices=["vllm", "transformers"])
     parser.add_argument("--engine_settings", type=json.loads, default={}, help="of vLLM, as JSON")
+    parser.add_argument("--num_engines", type=int, default=1, help="of vLLM, for annotate (default: 1)")
     parser.add_argument("--model", default="mini-policy", help="embedded model, folder, Hub repository, or random")
     parser.add_argument("--max_new_tokens", type=int, default=192)
     parser.add_argument("--num_problems", type=int, default=60, help="a turn (default: 60)")
@@ -295,13 +317,16 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        engine = open_engine(args, Path(folder))
-        run_turn(args, engine, RulesJudge(), args.first_problem - _WARM_UP, _WARM_UP)
+        engine, loop_engine = open_engines(args, Path(folder))
+        run_turn(args, engine, loop_engine, RulesJudge(), args.first_problem - _WARM_UP, _WARM_UP)
         tables = []
         problems = itertools.count(args.first_problem, args.num_problems)
         for delay in args.judge_delay:
             judge = SlowJudge(RulesJudge(), delay)
-            turns = [run_turn(args, engine, judge, next(problems), args.num_problems) for _ in range(args.repeats)]
+            turns = [
+                run_turn(args, engine, loop_engine, judge, next(problems), args.num_problems)
+                for _ in range(args.repeats)
+            ]
             if not all(seen["labels"] for turn in turns for seen in turn.values()):
                 raise SystemExit("some turn gave no label: take more problems")
             tables.append(make_table(turns, f"a judge of {delay:g} s more a call"))

@@ -66,7 +66,9 @@ class VLLMEngine(VLLMPolicy):
         """A request for each copy, all at once; returns when the last one is written."""
         tokens, images = self._prompt_of_loop(problem, request)
         futures = [
-            self._send(tokens, images, self._of_length(1, request.seed + number, length), lambda _: Generation([], 0))
+            self._send(
+                request, tokens, images, self._of_length(1, request.seed + number, length), lambda _: Generation([], 0)
+            )
             for number, length in enumerate(lengths)
         ]
         for future in futures:
@@ -98,6 +100,10 @@ class RandomModelEngine(VLLMEngine):
         pairs = zip(reversed(one), reversed(other), strict=False)
         self._num_closing = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
+    def know_steps_of(self, other: "RandomModelEngine") -> None:
+        """Has the steps that another one writes in its prefixes."""
+        self._tokens = other._tokens
+
     def submit(self, problem: Problem, request: RolloutRequest) -> "Future[Generation]":
         """Sends a request, as [`VLLMPolicy.submit`] does."""
         tokens, images = self._root(problem)
@@ -112,7 +118,7 @@ class RandomModelEngine(VLLMEngine):
                 len(output.prompt_token_ids),
             )
 
-        return self._send(prompt, images, params, read)
+        return self._send(request, prompt, images, params, read)
 
     def _root(self, problem: Problem) -> tuple[list[int], list[Image.Image]]:
         return self.prompts.build_tokens(problem, ())

@@ -11,7 +11,12 @@ if TYPE_CHECKING:
 # What each engine alone understands: a setting of another engine would be ignored in silence.
 _OF_ENGINE = {
     "transformers": ("policy_batch_size", "policy_device"),
-    "vllm": ("policy_max_model_len", "policy_gpu_memory_utilization", "policy_tensor_parallel_size"),
+    "vllm": (
+        "policy_max_model_len",
+        "policy_gpu_memory_utilization",
+        "policy_tensor_parallel_size",
+        "policy_num_engines",
+    ),
     "server": (
         "policy_base_urls",
         "policy_tokenizer",
@@ -53,9 +58,12 @@ class PolicySettings:
         policy_max_model_len (`int`, *optional*):
             vllm: most tokens of prompt and rollout together; what the model allows if not given.
         policy_gpu_memory_utilization (`float`, *optional*):
-            vllm: share of the GPU's memory that the engine takes.
+            vllm: share of a GPU's memory that the engines on it take.
         policy_tensor_parallel_size (`int`, *optional*, defaults to `1`):
             vllm: number of GPUs over which the model is spread.
+        policy_num_engines (`int`, *optional*, defaults to `1`):
+            vllm: number of engines, each with a copy of the model, that share the GPUs, or the CPU's cores. Several write
+            more where the model is small, and one on each of several GPUs.
         policy_base_urls (`list[str]`, *optional*):
             server: addresses of one or more servers, up to and including /v1. The key is read from OPENAI_API_KEY.
         policy_tokenizer (`str`, *optional*):
@@ -81,6 +89,7 @@ class PolicySettings:
     policy_max_model_len: int | None = None
     policy_gpu_memory_utilization: float | None = None
     policy_tensor_parallel_size: int = 1
+    policy_num_engines: int = 1
     policy_base_urls: list[str] | None = None
     policy_tokenizer: str | None = None
     policy_max_concurrency: int = 64
@@ -153,6 +162,7 @@ class PolicySettings:
                 engine: dict[str, Any] = {
                     "gpu_memory_utilization": self.policy_gpu_memory_utilization,
                     "tensor_parallel_size": self.policy_tensor_parallel_size,
+                    "num_engines": self.policy_num_engines,
                 }
                 given = {name: value for name, value in engine.items() if value is not None}
                 return opener(self._path(), **settings, **given)

@@ -1,25 +1,18 @@
 """A policy on vLLM in this process: the engine batches the requests of all trees and computes shared prefixes once."""
 
-import itertools
-import logging
-import queue
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
 from mm_prm.annotation.protocols import Generation, Problem, Rollout, RolloutRequest, RolloutStatus
-from mm_prm.engine_guard import EngineGuard, open_guarded
 
 from .prompts import PromptBuilder
 from .settings import check_sampling
 from .steps import STEP_ENDS, StepFormat, first_step, parse_steps
-
-logger = logging.getLogger(__name__)
+from .vllm_engines import Engines
 
 
 class VLLMPolicy:
@@ -46,6 +39,10 @@ class VLLMPolicy:
         dtype (`str`, *optional*):
             Type of the weights; that of the checkpoint if not given. On a CPU `float32` can be several times faster than
             `bfloat16`.
+        num_engines (`int`, *optional*, defaults to `1`):
+            Number of engines, each with a copy of the model; they share the GPUs and their memory, or the CPU's cores. A
+            problem stays with one of them. An engine decides on one core what comes next, and with a small model that,
+            not the GPU, is the limit: several on a GPU write more. On several GPUs, one engine on each.
         engine_settings:
             Further arguments of vLLM's `EngineArgs`, for example `max_model_len`, `gpu_memory_utilization`,
             `tensor_parallel_size`, `enforce_eager`.
@@ -61,14 +58,16 @@ class VLLMPolicy:
         top_p: float = 0.9,
         step_format: StepFormat = "paragraphs",
         dtype: str | None = None,
+        num_engines: int = 1,
         **engine_settings: Any,
     ):
         check_sampling(max_new_tokens, temperature, top_k, top_p, step_format)
+        if num_engines < 1:
+            raise ValueError(f"num_engines: {num_engines!r} has to be at least 1")
         try:
-            from vllm import EngineArgs, LLMEngine, SamplingParams
+            from vllm import SamplingParams
             from vllm.platforms import current_platform
             from vllm.sampling_params import RequestOutputKind
-            from vllm.usage.usage_lib import UsageContext
         except ImportError as error:
             raise ValueError(
                 f"vLLM cannot be imported ({error}): install it (`pip install vllm`), or use a server or transformers"
@@ -93,13 +92,8 @@ class VLLMPolicy:
             # A prompt that is split between two batches takes the noise of its seed back, which a generator on the CPU
             # cannot: vLLM would end there with "CPU Generator does not use offset".
             arguments["enable_chunked_prefill"] = False
-        arguments |= engine_settings
-        # As vLLM's own `LLM` class: without it, an engine takes 128 sequences at once, an eighth of what a large GPU does.
-        engine, guard = open_guarded(
-            lambda: LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
-        )
-        self._engine = _Engine(engine, guard)
-        self.close = weakref.finalize(self, self._engine.stop)
+        self._engines = Engines(num_engines, arguments | engine_settings)
+        self.close = weakref.finalize(self, self._engines.stop)
 
     def submit(self, problem: Problem, request: RolloutRequest) -> "Future[Generation]":
         """
@@ -118,7 +112,7 @@ class VLLMPolicy:
         # Greedy samples are all the same, and vLLM refuses to compute several.
         stop = STEP_ENDS[self.prompts.step_format] if request.one_step else ()
         params = self._sampling(1 if self._greedy else request.num_rollouts, request.seed, stop)
-        return self._send(tokens, images, params, lambda output: self._read(output, request))
+        return self._send(request, tokens, images, params, lambda output: self._read(output, request))
 
     def generate(self, requests: Sequence[tuple[Problem, RolloutRequest]]) -> list[Generation]:
         """Answers requests; see [`~mm_prm.annotation.protocols.Policy`]."""
@@ -130,12 +124,17 @@ class VLLMPolicy:
                 future.cancel()
 
     def _send(
-        self, tokens: list[int], images: list[Image.Image], params: Any, read: Callable[[Any], Generation]
+        self,
+        request: RolloutRequest,
+        tokens: list[int],
+        images: list[Image.Image],
+        params: Any,
+        read: Callable[[Any], Generation],
     ) -> "Future[Generation]":
         prompt: dict[str, Any] = {"prompt_token_ids": tokens}
         if images:
             prompt["multi_modal_data"] = {"image": images}
-        return self._engine.submit(prompt, params, read)
+        return self._engines.submit(request.problem_id, prompt, params, read)
 
     def _read(self, output: Any, request: RolloutRequest) -> Generation:
         continues = bool(request.prefix) and self.prompts.prefix_in_turn
@@ -155,107 +154,3 @@ class VLLMPolicy:
         if self._greedy:
             rollouts *= request.num_rollouts
         return Generation(rollouts, len(output.prompt_token_ids))
-
-
-@dataclass
-class _Order:
-    """A request on its way into the engine; without a prompt, one that is to be taken out of it."""
-
-    name: str
-    prompt: dict[str, Any] | None = None
-    params: Any = None
-    read: Any = None
-    future: "Future[Generation] | None" = None
-
-
-class _Engine:
-    """The thread to which the engine belongs: it takes in what is asked, steps, and hands out what is finished."""
-
-    def __init__(self, engine: Any, guard: EngineGuard):
-        self._guard = guard
-        self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
-        self._names = map(str, itertools.count())
-        self._dead = threading.Event()
-        # The thread holds no reference to this object, so that it ends with its policy.
-        self._thread = threading.Thread(
-            target=_run, args=(engine, self._orders, self._dead), name="vllm-policy", daemon=True
-        )
-        self._thread.start()
-
-    def submit(self, prompt: dict[str, Any], params: Any, read: Any) -> "Future[Generation]":
-        if self._dead.is_set():
-            raise RuntimeError("the engine of vLLM has stopped; its own messages say why")
-        future: Future[Generation] = Future()
-        name = next(self._names)
-        orders = self._orders
-
-        def cancelled(future: "Future[Generation]") -> None:
-            if future.cancelled():
-                orders.put(_Order(name))
-
-        future.add_done_callback(cancelled)
-        orders.put(_Order(name, prompt, params, read, future))
-        return future
-
-    def stop(self) -> None:
-        self._orders.put(None)
-        # Whoever interrupts a run does not wait for an engine that takes its time: what is left of it is killed.
-        self._thread.join(timeout=3.0)
-        self._guard.stop()
-        self._thread.join(timeout=1.0)
-
-
-def _run(engine: Any, orders: "queue.SimpleQueue[_Order | None]", dead: threading.Event) -> None:
-    waiting: dict[str, _Order] = {}
-    try:
-        while True:
-            while not orders.empty() or not waiting:
-                order = orders.get()
-                if order is None:
-                    return
-                _take_in(engine, order, waiting)
-            for output in engine.step():
-                if output.finished and (finished := waiting.pop(output.request_id, None)) is not None:
-                    _hand_out(finished, output)
-    except Exception as error:  # the engine is gone, and with it whatever it was computing
-        logger.exception("vLLM failed")
-        for order in waiting.values():
-            _fail(order, RuntimeError(f"vLLM failed: {type(error).__name__}: {error}"))
-    finally:
-        dead.set()
-        stopped = RuntimeError("the engine of vLLM has stopped")
-        while not orders.empty():
-            if (left := orders.get()) is not None:
-                _fail(left, stopped)
-        engine.engine_core.shutdown()
-
-
-def _take_in(engine: Any, order: _Order, waiting: dict[str, _Order]) -> None:
-    if order.future is None:
-        if waiting.pop(order.name, None) is not None:
-            engine.abort_request([order.name])
-        return
-    if order.future.cancelled():
-        return
-    try:
-        engine.add_request(order.name, order.prompt, order.params)
-    except Exception as error:  # for example a prompt that is too long: the fault of this request alone
-        _fail(order, error)
-    else:
-        waiting[order.name] = order
-
-
-def _hand_out(order: _Order, output: Any) -> None:
-    assert order.future is not None
-    try:
-        generation = order.read(output)
-    except Exception as error:
-        _fail(order, error)
-    else:
-        if order.future.set_running_or_notify_cancel():
-            order.future.set_result(generation)
-
-
-def _fail(order: _Order, error: Exception) -> None:
-    if order.future is not None and order.future.set_running_or_notify_cancel():
-        order.future.set_exception(error)

@@ -165,6 +165,7 @@ def test_a_setting_left_out_is_its_default_and_where_it_runs_does_not_count(tmp_
         return AnnotateSettings(problems="", output="", policy_engine="vllm", **settings).policy_identity()
 
     assert with_vllm() == with_vllm(policy_gpu_memory_utilization=0.5) != with_vllm(policy_max_model_len=512)
+    assert with_vllm() == with_vllm(policy_num_engines=2)
 
 
 def test_code_counts(tmp_path, monkeypatch):

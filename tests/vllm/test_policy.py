@@ -19,6 +19,7 @@ from mm_prm.judges import RulesJudge
 from mm_prm.policies.openai import OpenAIPolicy
 from mm_prm.policies.transformers import TransformersPolicy
 from mm_prm.policies.vllm import VLLMPolicy
+from mm_prm.policies.vllm_engines import _places
 
 ENGINE = {"max_model_len": 1024, "dtype": "float32"}
 PROBLEMS = [mini.problem("test", number).row() for number in range(24)]
@@ -184,6 +185,84 @@ def test_the_server_gives_what_the_engine_gives(policy, server):
         assert [generation.prompt_tokens for generation in own] == [generation.prompt_tokens for generation in other]
         for one, two in zip(own, other, strict=True):
             assert sum(r.num_tokens for r in one.rollouts) == sum(r.num_tokens for r in two.rollouts)
+
+
+@pytest.fixture(scope="module")
+def several():
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs a CPU core for each engine")
+    policy = VLLMPolicy(model_path("mini-policy"), enforce_eager=True, num_engines=2, **ENGINE)
+    yield policy
+    policy.close()
+
+
+def test_several_engines_share_the_problems_and_give_the_same(policy, several):
+    together = several.generate(requests())
+    assert together == policy.generate(requests())
+    engine_of = dict(several._engines._of_problem)
+    assert engine_of.keys() == {problem["id"] for problem in PROBLEMS}
+    numbers = [list(engine_of.values()).count(engine) for engine in several._engines._engines]
+    assert numbers == [len(PROBLEMS) // 2] * 2
+    prefix = together[-1].rollouts[0].steps[:1]
+    assert several.generate(requests(4, prefix)[::-1]) == policy.generate(requests(4, prefix)[::-1])
+    assert several._engines._of_problem == engine_of  # where a problem's images are
+
+
+def test_an_engine_that_dies_leaves_its_problems_to_the_others(policy):
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs a CPU core for each engine")
+    before = engines_of(psutil.Process())
+    several = VLLMPolicy(model_path("mini-policy"), enforce_eager=True, num_engines=2, **ENGINE)
+    one, other = [process for process in engines_of(psutil.Process()) if process not in before]
+    try:
+        under_way = [several.submit(*asked) for asked in requests(256)[:2]]  # one to each
+        one.kill()
+        failed = [future.exception(timeout=300) for future in under_way]
+        assert sorted(type(error).__name__ for error in failed) == ["NoneType", "RuntimeError"]
+        assert several.generate(requests()) == policy.generate(requests())
+        other.kill()
+        with pytest.raises(RuntimeError, match=r"vLLM failed|has stopped"):
+            several.generate(requests(256))
+    finally:
+        several.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "visible", "settings", "expected"),
+    [
+        (1, None, {}, [(None, None)]),
+        (4, None, {}, [("0", 0.45), ("1", 0.45), ("0", 0.45), ("1", 0.45)]),
+        (3, "5,7", {"gpu_memory_utilization": 0.8}, [("5", 0.4), ("7", 0.8), ("5", 0.4)]),
+        (1, "5,7", {"tensor_parallel_size": 2}, [(None, None)]),
+        (2, "4,5,6,7", {"tensor_parallel_size": 2}, [("4,5", 0.9), ("6,7", 0.9)]),
+        (2, "4,5", {"tensor_parallel_size": 2}, [("4,5", 0.45), ("4,5", 0.45)]),
+    ],
+)
+def test_engines_have_a_gpu_each_or_share_its_memory(monkeypatch, number, visible, settings, expected):
+    class Platform:
+        device_control_env_var = "CUDA_VISIBLE_DEVICES"
+        is_cpu = staticmethod(lambda: False)
+        device_count = staticmethod(lambda: 2)
+
+    monkeypatch.setattr("vllm.platforms.current_platform", Platform)
+    monkeypatch.setattr("vllm.EngineArgs.gpu_memory_utilization", 0.9)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    places = list(_places(number, settings))
+    given = {} if number > 1 else {"gpu_memory_utilization": None}
+    assert [
+        (variables.get("CUDA_VISIBLE_DEVICES"), (given | arguments)["gpu_memory_utilization"])
+        for variables, arguments in places
+    ] == expected
+
+
+def test_every_engine_needs_a_core():
+    with pytest.raises(ValueError, match="num_engines: 10000 has to be at most"):
+        VLLMPolicy(model_path("mini-policy"), num_engines=10_000)
+    with pytest.raises(ValueError, match="num_engines: 0 has to be at least 1"):
+        VLLMPolicy(model_path("mini-policy"), num_engines=0)
 
 
 OPEN = f"""
