@@ -28,8 +28,6 @@ def make_parser(description: str) -> argparse.ArgumentParser:
             Docstring of the benchmark.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # Asked in any other way, CUDA cannot be used in a process that is forked later, such as vLLM's engine.
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help=f"where to compute (default: {device})")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads on the CPU")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _DEFAULT_MODEL = "mini-prm"
 # What each engine alone understands: a setting of another engine would be ignored in silence.
 _OF_ENGINE = {
-    "transformers": ("device", "max_tokens", "share_prefix"),
+    "transformers": ("device", "max_tokens", "share_prefix", "compile_layers"),
     "vllm": ("max_model_len", "gpu_memory_utilization", "tensor_parallel_size"),
     "server": ("base_url", "max_concurrency"),
 }
@@ -40,6 +40,9 @@ class ScorerSettings:
         share_prefix (`bool`, *optional*, defaults to `True`):
             transformers: whether what the candidates of a problem share is computed once. Small models on fast GPUs may
             do better without.
+        compile_layers (`bool`, *optional*):
+            transformers: whether the language model's layers are compiled: some seconds before the first scores, and faster
+            from then on. If not given, on a GPU.
         max_model_len (`int`, *optional*):
             vllm: longest sequence in tokens; the model's own limit, but not above 16384, if not given.
         gpu_memory_utilization (`float`, *optional*):
@@ -58,6 +61,7 @@ class ScorerSettings:
     device: str | None = None
     max_tokens: int = 16384
     share_prefix: bool = True
+    compile_layers: bool | None = None
     max_model_len: int | None = None
     gpu_memory_utilization: float | None = None
     tensor_parallel_size: int = 1
@@ -100,6 +104,7 @@ class ScorerSettings:
                 path,
                 dtype=self.dtype,
                 device=self.device,
+                compile_layers=self.compile_layers,
                 max_tokens=self.max_tokens,
                 share_prefix=self.share_prefix,
             )

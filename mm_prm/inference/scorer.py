@@ -25,8 +25,10 @@ _BATCHES_PER_PACKED_WINDOW = 4
 _PROBLEMS_PER_WINDOW = 64
 
 Value = TypeVar("Value")
-# Rows, as problem and steps, their tokens, and batches of their trees with the model's inputs
-Window = tuple[list[tuple[int, Steps]], EncodedRows, list[tuple[list[PackedRows], dict[str, Any]]]]
+# Trees, where their step tokens are, and the model's inputs
+Batch = tuple[list[PackedRows], torch.Tensor, dict[str, Any]]
+# Rows, as problem and steps, their tokens, and batches of their trees
+Window = tuple[list[tuple[int, Steps]], EncodedRows, list[Batch]]
 
 
 class Scorer:
@@ -84,6 +86,7 @@ class Scorer:
         pretrained_model_name_or_path: str | os.PathLike,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        compile_layers: bool | None = None,
         **kwargs,
     ) -> "Scorer":
         """
@@ -96,6 +99,9 @@ class Scorer:
                 Type to compute in. If not given, float32 on a CPU, where bfloat16 is often slower, and as saved elsewhere.
             device (`torch.device` or `str`, *optional*):
                 Where to compute; the first GPU if there is one, else the CPU.
+            compile_layers (`bool`, *optional*):
+                Whether the language model's layers are compiled, one graph for all: some seconds before the first scores,
+                and faster from then on. If not given, on a GPU.
             kwargs:
                 `max_tokens` and `share_prefix`.
         """
@@ -107,7 +113,13 @@ class Scorer:
             dtype = "float32" if torch.device(device).type == "cpu" else "auto"
         model: Any = AutoModelForProcessReward.from_pretrained(pretrained_model_name_or_path, dtype=dtype)
         processor = ProcessRewardProcessor.from_pretrained(pretrained_model_name_or_path)
-        return cls(model.to(device), processor, **kwargs)
+        scorer = cls(model.to(device), processor, **kwargs)
+        if compile_layers is None:
+            compile_layers = model.device.type == "cuda" and scorer.packer is not None
+        if compile_layers:
+            for layer in model.get_decoder().layers:
+                layer.compile(dynamic=True)
+        return scorer
 
     def score(
         self,
@@ -160,9 +172,9 @@ class Scorer:
 
     def _score_packed(self, prepared: Iterator[Window]) -> Iterator[tuple[int, Steps, list[float]]]:
         """Compute the candidates of each problem as one sequence, several problems in a batch."""
-        for rows, encoded, batches in _one_ahead(prepared) if self._prepare_ahead else prepared:
-            for batch, inputs in batches:
-                yield from self._score_trees(rows, encoded, batch, inputs)
+        for rows, encoded, batches in _one_ahead(prepared, self.model.device) if self._prepare_ahead else prepared:
+            for batch in batches:
+                yield from self._score_trees(rows, encoded, *batch)
 
     def _prepare_trees(
         self,
@@ -178,24 +190,33 @@ class Scorer:
             encoded = self.processor.encode([problems[index] for index, _ in rows], [steps for _, steps in rows])
             trees = packer.pack(encoded)
             batches = token_budget_batches(trees, self.max_tokens)
-            yield rows, encoded, [(batch, packer.collate(encoded, batch)) for batch in batches]
+            yield rows, encoded, [self._collate(packer, encoded, batch) for batch in batches]
             start += number
             enough = _BATCHES_PER_PACKED_WINDOW * self.max_tokens // max(map(len, trees))
             number = max(1, min(2 * number, enough, _PROBLEMS_PER_WINDOW))
 
-    def _score_trees(
-        self, rows: Sequence[tuple[int, Steps]], encoded: EncodedRows, batch: list[PackedRows], inputs: dict[str, Any]
-    ) -> Iterator[tuple[int, Steps, list[float]]]:
+    def _collate(self, packer: TreePacker, encoded: EncodedRows, trees: list[PackedRows]) -> Batch:
+        inputs = packer.collate(encoded, trees)
         step_mask = inputs.pop("step_mask")
         for key in ("labels", "label_weights"):
             del inputs[key]
+        return trees, step_mask, self._to_device(inputs)
+
+    def _score_trees(
+        self,
+        rows: Sequence[tuple[int, Steps]],
+        encoded: EncodedRows,
+        trees: list[PackedRows],
+        step_mask: torch.Tensor,
+        inputs: dict[str, Any],
+    ) -> Iterator[tuple[int, Steps, list[float]]]:
         with torch.inference_mode():
-            probabilities = self.model(**self._to_device(inputs)).logits.float().softmax(dim=-1)[..., 1]
-        packed_scores = probabilities.cpu().masked_fill(~step_mask, torch.nan).numpy()
-        for sequence, sequence_scores in zip(batch, packed_scores, strict=True):
-            for row, path in zip(sequence.rows, sequence.paths, strict=True):
+            probabilities = self.model(**inputs).logits.float().softmax(dim=-1)[..., 1]
+        scores = probabilities.cpu().masked_fill(~step_mask, torch.nan).numpy()
+        for tree, tree_scores in zip(trees, scores, strict=True):
+            for row, path in zip(tree.rows, tree.paths, strict=True):
                 is_step = encoded.input_ids[row] == self.processor.step_token_id
-                yield *rows[row], sequence_scores[path[is_step]].tolist()
+                yield *rows[row], tree_scores[path[is_step]].tolist()
 
     def _score_window(self, rows: list[Row]) -> Iterator[tuple[list[Row], list[list[float]]]]:
         # With images and without, architectures count positions in different ways: one says nothing about the other.
@@ -282,13 +303,28 @@ class Scorer:
         return [scores.tolist() for scores in probabilities[step_mask].split(counts)]
 
 
-def _one_ahead(values: Iterator[Value]) -> Iterator[Value]:
-    """The same values; a thread computes the next one while the last is used."""
+def _one_ahead(values: Iterator[Value], device: torch.device) -> Iterator[Value]:
+    """
+    The same values; a thread computes the next one while the last is used.
+
+    On a GPU it has a stream of its own, since on the model's a copy would wait for everything that the model has to do. What
+    it has made is to be kept until the model's results have been read.
+    """
     end: Any = object()
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def compute() -> Value:
+        if stream is None:
+            return next(values, end)
+        with torch.cuda.stream(stream):
+            value = next(values, end)
+        stream.synchronize()
+        return value
+
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, values, end)
+        coming = thread.submit(compute)
         while (value := coming.result()) is not end:
-            coming = thread.submit(next, values, end)
+            coming = thread.submit(compute)
             yield value
 
 

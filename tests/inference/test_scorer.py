@@ -1,6 +1,7 @@
 """Scores are the same alone, in a batch, and after a shared prefix; each step has one; nothing is computed twice."""
 
 import logging
+import shutil
 
 import pytest
 import torch
@@ -244,3 +245,31 @@ def test_windows_hold_whole_problems():
     groups = [rows_of([5, 5]), rows_of([5]), rows_of([20])]
     assert [len(window) for window in windows(iter(groups), 12)] == [3, 1]
     assert [len(window) for window in windows(iter(groups), 1)] == [2, 1, 1]
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a compiler")
+def test_compiled_layers_give_the_same_scores(tiny_prm_path, problems):
+    whole, compiled = (
+        Scorer.from_pretrained(tiny_prm_path, dtype="float32", device="cpu", compile_layers=compile_layers)
+        for compile_layers in (None, True)
+    )
+    assert [layer._compiled_call_impl is None for layer in whole.model.get_decoder().layers] == [True] * 2
+    assert not any(layer._compiled_call_impl is None for layer in compiled.model.get_decoder().layers)
+    for number in (1, 5):  # also of other shapes
+        expected = whole.score(problems[:number], [CANDIDATES] * number)
+        scores = compiled.score(problems[:number], [CANDIDATES] * number)
+        torch.testing.assert_close(flat(scores), flat(expected), atol=1e-5, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_scores_of_a_gpu_are_those_of_the_cpu(scorer, problems, tmp_path):
+    """There layers are compiled, and problems are prepared on a stream of their own."""
+    many = problems * 8
+    expected = scorer.score(many, [CANDIDATES] * len(many))
+    scorer.model.save_pretrained(tmp_path)
+    scorer.processor.save_pretrained(tmp_path)
+    on_gpu = Scorer.from_pretrained(tmp_path, dtype="float32", device="cuda", max_tokens=600)
+    scores = on_gpu.score(many, [CANDIDATES] * len(many))
+    torch.testing.assert_close(flat(scores), flat(expected), atol=5e-3, rtol=0)
+    assert flat(expected).std() > 0.05
