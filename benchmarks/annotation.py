@@ -11,7 +11,7 @@ Both grow the same trees, to the last rollout, so a label is the same thing: the
 prompts as many tokens as they have, which are thrown away. What the engine has cached of the prompts by then serves the
 loop. "engine alone" is the limit: all requests of the trees at once, as if they were known before, and nobody judges.
 Of several engines (`--num_engines`) `annotate` has all; the loop, whose tree one engine grows, has one of its own beside
-them, which on a CPU has all cores.
+them, which vLLM gives the cores that it gives to a single one.
 Each turn has problems of its own; one of a few problems comes first, to warm up.
 
 - busy: share of the time in which the engine had at least one request that it had not answered.
