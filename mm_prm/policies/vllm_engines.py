@@ -1,16 +1,17 @@
 """Engines of vLLM in this process, each with a thread and a copy of the model of its own."""
 
-import contextlib
 import itertools
 import logging
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
+
+from accelerate.utils import patch_environment
 
 from mm_prm.engine_guard import EngineGuard, open_guarded
 
@@ -28,20 +29,20 @@ class Engines:
     Args:
         number (`int`):
             Number of engines.
-        arguments (`Mapping[str, Any]`):
+        arguments (`dict[str, Any]`):
             Arguments of vLLM's `EngineArgs` for each of them.
 
     Raises:
         `ValueError`: If there is no CPU core for each, where vLLM computes on the CPU.
     """
 
-    def __init__(self, number: int, arguments: Mapping[str, Any]):
+    def __init__(self, number: int, arguments: dict[str, Any]):
         self._engines: list[_Engine] = []
         self._of_problem: dict[str, _Engine] = {}
         self._lock = threading.Lock()
         try:
             for variables, settings in _places(number, arguments):
-                with _environment(variables):
+                with patch_environment(**variables):  # which the engine's processes take over
                     self._engines.append(_open(settings))
         except BaseException:
             self.stop()
@@ -91,47 +92,31 @@ class Engines:
             return engine
 
 
-def _places(number: int, arguments: Mapping[str, Any]) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
+def _places(number: int, arguments: dict[str, Any]) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
     """Environment and arguments of each engine: which cores, or which GPUs and how much of their memory."""
     from vllm import EngineArgs
     from vllm.platforms import current_platform
 
-    settings = dict(arguments)
     if number == 1:
-        yield {}, settings
+        yield {}, arguments
         return
     if current_platform.is_cpu():
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
         if number > len(cores):
             raise ValueError(f"num_engines: {number!r} has to be at most {len(cores)}, the number of CPU cores")
         for index in range(number):
-            yield {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores[index::number]))}, settings
+            yield {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores[index::number]))}, arguments
         return
     variable = current_platform.device_control_env_var
     visible = os.environ.get(variable)
     devices = visible.split(",") if visible else [str(device) for device in range(current_platform.device_count())]
-    size = settings.get("tensor_parallel_size", 1) * settings.get("pipeline_parallel_size", 1)
+    size = arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
     groups = [devices[start : start + size] for start in range(0, len(devices) - size + 1, size)] or [devices]
-    share = settings.get("gpu_memory_utilization", EngineArgs.gpu_memory_utilization)
+    share = arguments.get("gpu_memory_utilization", EngineArgs.gpu_memory_utilization)
     for index in range(number):
         group = groups[index % len(groups)]
         num_sharing = len(range(index % len(groups), number, len(groups)))
-        yield {variable: ",".join(group)}, settings | {"gpu_memory_utilization": share / num_sharing}
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Sets variables of the environment for as long as an engine starts, which hands them to its processes."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        yield {variable: ",".join(group)}, arguments | {"gpu_memory_utilization": share / num_sharing}
 
 
 def _open(settings: dict[str, Any]) -> "_Engine":
@@ -248,7 +233,7 @@ def _take_in(engine: Any, order: _Order, unanswered: dict[str, _Order], in_engin
             in_engine.remove(order.name)
             engine.abort_request([order.name])
         return
-    if order.future.cancelled():
+    if order.name not in unanswered:  # cancelled
         return
     try:
         engine.add_request(order.name, order.prompt, order.params)

@@ -187,7 +187,7 @@ def test_the_server_gives_what_the_engine_gives(policy, server):
             assert sum(r.num_tokens for r in one.rollouts) == sum(r.num_tokens for r in two.rollouts)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def several():
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs a CPU core for each engine")
@@ -208,23 +208,16 @@ def test_several_engines_share_the_problems_and_give_the_same(policy, several):
     assert several._engines._of_problem == engine_of  # where a problem's images are
 
 
-def test_an_engine_that_dies_leaves_its_problems_to_the_others(policy):
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("needs a CPU core for each engine")
-    before = engines_of(psutil.Process())
-    several = VLLMPolicy(model_path("mini-policy"), enforce_eager=True, num_engines=2, **ENGINE)
-    one, other = [process for process in engines_of(psutil.Process()) if process not in before]
-    try:
-        under_way = [several.submit(*asked) for asked in requests(256)[:2]]  # one to each
-        one.kill()
-        failed = [future.exception(timeout=300) for future in under_way]
-        assert sorted(type(error).__name__ for error in failed) == ["NoneType", "RuntimeError"]
-        assert several.generate(requests()) == policy.generate(requests())
-        other.kill()
-        with pytest.raises(RuntimeError, match=r"vLLM failed|has stopped"):
-            several.generate(requests(256))
-    finally:
-        several.close()
+def test_an_engine_that_dies_leaves_its_problems_to_the_others(policy, several):
+    one, other = sorted(engines_of(psutil.Process()), key=psutil.Process.create_time)[-2:]
+    under_way = [several.submit(*asked) for asked in requests(256)[:2]]  # one to each
+    one.kill()
+    failed = [future.exception(timeout=300) for future in under_way]
+    assert sorted(type(error).__name__ for error in failed) == ["NoneType", "RuntimeError"]
+    assert several.generate(requests()) == policy.generate(requests())
+    other.kill()
+    with pytest.raises(RuntimeError, match=r"vLLM failed|has stopped"):
+        several.generate(requests(256))
 
 
 @pytest.mark.parametrize(
@@ -250,11 +243,9 @@ def test_engines_have_a_gpu_each_or_share_its_memory(monkeypatch, number, visibl
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    places = list(_places(number, settings))
-    given = {} if number > 1 else {"gpu_memory_utilization": None}
     assert [
-        (variables.get("CUDA_VISIBLE_DEVICES"), (given | arguments)["gpu_memory_utilization"])
-        for variables, arguments in places
+        (variables.get("CUDA_VISIBLE_DEVICES"), arguments.get("gpu_memory_utilization"))
+        for variables, arguments in _places(number, settings)
     ] == expected
 
 
